@@ -1,0 +1,110 @@
+"""What a family file is made of: a weight table, and a config reader that never guesses.
+
+A family is a translation. Its table says, for each tensor of a Hugging Face checkpoint, which of our parameters it is.
+Our linear weights are kept as the checkpoint has them, `[out, in]`, so most rows are a change of name. A row may also take
+a part of the source's rows (fused projections) and swap its two dimensions (experts). Nothing else is allowed:
+that keeps each row readable backwards, and lets the loader fill any shard by copying rectangles.
+
+    Weight("model.layers.{layer}.self_attn.q_proj.weight", "block.attention.query.weight")
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from tbjax.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One row: the tensor `source` holds (part of) our parameter `target`.
+
+    `{layer}` and `{expert}` in the source run over the layers and experts. A target that starts with `block.` is a path
+    inside one decoder block; the row applies to the layers whose block has that parameter.
+    """
+
+    source: str
+    target: str
+    # Runs of the source's first dimension, as (start, stop), which put together are the target's; None: all of it.
+    rows: tuple[tuple[int, int], ...] | None = None
+    # The source is the target with its two dimensions swapped.
+    transpose: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How checkpoints of one `model_type` are read and written."""
+
+    name: str
+    config: Callable[["Fields"], ModelConfig]
+    weights: Callable[[ModelConfig], Sequence[Weight]]
+    # Regular expressions of tensors that carry nothing (buffers that old checkpoints saved).
+    ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+    # Config fields of this family that do not change what the network computes.
+    inert: tuple[str, ...] = ()
+
+
+# Config fields, common to all families, that do not change what the network computes in inference or in dropout-free training.
+INERT = frozenset(
+    """
+    _name_or_path architectures auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id pad_token_id sep_token_id
+    id2label label2id initializer_range model_type num_labels output_attentions output_hidden_states problem_type return_dict
+    torch_dtype transformers_version use_cache attention_dropout hidden_dropout resid_pdrop embd_pdrop decoder_start_token_id
+    router_jitter_noise output_router_logits router_aux_loss_coef keys_to_ignore_at_inference cache_implementation
+    """.split()
+)
+
+
+class Fields:
+    """The fields of a Hugging Face config, read at the door: each read is recorded, each refusal names the field.
+
+    `transformers` fills in the defaults before a config arrives here, so a missing field is an error.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str = "config.json") -> None:
+        self._values = values
+        self._where = where
+        self.read: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The field, or `default` where it is missing or null."""
+        self.read.add(name)
+        value = self._values.get(name)
+        return default if value is None else value
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        value = self.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool):
+            self.refuse(name, "an integer is needed")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.get(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            self.refuse(name, "a number is needed")
+        return float(value)
+
+    def flag(self, name: str, default: bool | None = None) -> bool:
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            self.refuse(name, "true or false is needed")
+        return value
+
+    def choice(self, name: str, choices: Mapping[Any, Any], default: Any = None) -> Any:
+        """What `choices` has for the field's value."""
+        value = self.get(name, default)
+        if isinstance(value, list | dict) or value not in choices:
+            self.refuse(name, f"tbjax does {', '.join(map(repr, choices))}")
+        return choices[value]
+
+    def require(self, name: str, *allowed: Any) -> None:
+        """Refuse unless the field is missing, null or one of `allowed`."""
+        value = self.get(name)
+        if value is not None and value not in allowed:
+            self.refuse(name, f"tbjax does {' or '.join(map(repr, allowed)) or 'only null'}")
+
+    def refuse(self, name: str, why: str) -> NoReturn:
+        raise ValueError(f"{self._where}: {name}={self._values.get(name)!r} is not supported: {why}.")

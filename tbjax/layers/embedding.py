@@ -1,0 +1,59 @@
+"""Token embeddings cut over tp, by vocabulary or by embedding.
+
+A vocabulary that does not divide is padded with rows of zeros, inside and nowhere visible: the padded rows are never looked
+up, never exported, and `logits` drops their scores.
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from tbjax.config import VOCAB_MULTIPLE
+from tbjax.layers.linear import as_sharding, matmul, parameter
+from tbjax.sharding import Sharding
+
+
+class TensorParallelEmbedding(nnx.Module):
+    """Rows of a table by token id; the same table read the other way scores the tokens (`logits`).
+
+    `split="vocab"` gives each tp device some tokens: a lookup is summed over tp. `split="embedding"` gives each some
+    features of every token.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        mesh: Mesh | Sharding | None = None,
+        *,
+        split: Literal["vocab", "embedding"] = "vocab",
+        dtype: Any = jnp.float32,
+        key: Any = None,
+    ) -> None:
+        if split not in ("vocab", "embedding"):
+            raise ValueError(f"split={split!r}: an embedding is split by 'vocab' or by 'embedding'.")
+        self.sharding = as_sharding(mesh)
+        self.num_embeddings = num_embeddings
+        self.split = split
+        # "mlp" stands for any feature dimension that tp cuts.
+        rows, dims = num_embeddings, (None, "mlp")
+        if split == "vocab":
+            rows, dims = -(-num_embeddings // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, ("vocab", "embed")
+        key = jax.random.key(0) if key is None else key
+        self.weight = parameter(key, (rows, embedding_dim), dims, dtype, self.sharding)
+        if rows != num_embeddings:
+            value = self.weight[...]
+            self.weight[...] = jnp.where(jnp.arange(rows)[:, None] < num_embeddings, value, jnp.zeros_like(value))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        table = self.sharding.use(self.weight)
+        return self.sharding.residual(jnp.take(table, tokens, axis=0, mode="clip"))
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """The score of every token: x against each row."""
+        scores = matmul(x, self.sharding.use(self.weight, x.dtype))
+        scores = self.sharding.constrain(scores, "batch", "sequence", "vocab" if self.split == "vocab" else None)
+        return scores[..., : self.num_embeddings]

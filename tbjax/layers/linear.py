@@ -1,0 +1,117 @@
+"""Linear layers cut over tp: by columns (the output features) or by rows (the input features).
+
+Weights are kept `[out, in]`, as PyTorch keeps them: a checkpoint's bytes are then ours, and loading is a copy. The layers
+compute on global arrays: what `gather_output` and `input_is_parallel` choose is where the result and the input lie, never
+their values, so that a column layer followed by a row layer costs one reduction.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from tbjax.sharding import Dims, Sharding
+
+# The standard deviation that GPT-2 chose for its weights and most families kept.
+INITIAL_STD = 0.02
+
+
+def as_sharding(mesh: "Mesh | Sharding | None") -> Sharding:
+    """The layout that a layer was given: a `Sharding`, a bare mesh, or none (the first device)."""
+    if isinstance(mesh, Sharding):
+        return mesh
+    from tbjax.mesh import make_mesh
+
+    return Sharding(make_mesh((1, 1, 1), jax.devices()[:1]) if mesh is None else make_mesh(mesh))
+
+
+def parameter(key: Any, shape: tuple[int, ...], dims: Dims, dtype: Any, sharding: Sharding, *, fill: float | None = None):
+    """A parameter, born where it lies: normal with `INITIAL_STD`, or filled with a constant."""
+
+    def make(key: jax.Array) -> jax.Array:
+        if fill is not None:
+            return jnp.full(shape, fill, dtype)
+        return (INITIAL_STD * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+    if not isinstance(key, jax.core.Tracer):  # built alone, not inside a model that is placed as a whole
+        make = jax.jit(make, out_shardings=sharding.parameter(dims, shape))
+    return nnx.Param(make(key), dims=dims)
+
+
+class ColumnParallelLinear(nnx.Module):
+    """y = x Wᵀ + b with the output features cut over tp.
+
+    `gather_output` brings the whole output to every tp device; without it the output stays cut, for a
+    `RowParallelLinear(input_is_parallel=True)` to take.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        mesh: Mesh | Sharding | None = None,
+        *,
+        use_bias: bool = False,
+        gather_output: bool = True,
+        features: str = "mlp",
+        dtype: Any = jnp.float32,
+        key: Any = None,
+    ) -> None:
+        self.sharding = as_sharding(mesh)
+        self.features = features
+        self.gather_output = gather_output
+        key = jax.random.key(0) if key is None else key
+        self.weight = parameter(key, (out_features, in_features), (features, "embed"), dtype, self.sharding)
+        self.bias = parameter(key, (out_features,), (features,), dtype, self.sharding, fill=0.0) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = matmul(x, self.sharding.use(self.weight, x.dtype))
+        if self.bias is not None:
+            y = y + self.sharding.use(self.bias, x.dtype)
+        return self.sharding.constrain(y, *_leading(y), None if self.gather_output else self.features)
+
+
+class RowParallelLinear(nnx.Module):
+    """y = x Wᵀ + b with the input features cut over tp; the partial products are summed over tp.
+
+    `input_is_parallel` says that x arrives cut, as a `ColumnParallelLinear(gather_output=False)` leaves it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        mesh: Mesh | Sharding | None = None,
+        *,
+        use_bias: bool = False,
+        input_is_parallel: bool = False,
+        features: str = "mlp",
+        dtype: Any = jnp.float32,
+        key: Any = None,
+    ) -> None:
+        self.sharding = as_sharding(mesh)
+        self.features = features
+        self.input_is_parallel = input_is_parallel
+        key = jax.random.key(0) if key is None else key
+        self.weight = parameter(key, (out_features, in_features), ("embed", features), dtype, self.sharding)
+        self.bias = parameter(key, (out_features,), (None,), dtype, self.sharding, fill=0.0) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.input_is_parallel:
+            x = self.sharding.constrain(x, *_leading(x), self.features)
+        y = matmul(x, self.sharding.use(self.weight, x.dtype))
+        if self.bias is not None:
+            y = y + self.sharding.use(self.bias, x.dtype)
+        return self.sharding.residual(y) if y.ndim == 3 else self.sharding.constrain(y, *_leading(y), None)
+
+
+def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x Wᵀ over the last dimension of both."""
+    return jnp.einsum("...i,oi->...o", x, weight)
+
+
+def _leading(x: jax.Array) -> tuple[str | None, ...]:
+    """What the dimensions before the features are: batch, then sequence."""
+    return ("batch", "sequence", *[None] * x.ndim)[: x.ndim - 1]

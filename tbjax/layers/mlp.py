@@ -1,0 +1,38 @@
+"""The feed-forward layer, gated or not."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+
+from tbjax.config import ModelConfig
+from tbjax.layers.linear import ColumnParallelLinear, RowParallelLinear
+from tbjax.sharding import Sharding
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+
+
+class MLP(nnx.Module):
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) where there is no gate."""
+
+    def __init__(self, config: ModelConfig, sharding: Sharding, *, dtype: Any, key: Any) -> None:
+        self.activation = config.activation
+        keys = jax.random.split(key, 3)
+        column = {"gather_output": False, "use_bias": config.mlp_bias, "dtype": dtype}
+        self.up = ColumnParallelLinear(config.embed, config.mlp, sharding, key=keys[0], **column)
+        gate = ColumnParallelLinear(config.embed, config.mlp, sharding, key=keys[1], **column) if config.gated_mlp else None
+        self.gate = gate
+        self.down = RowParallelLinear(
+            config.mlp, config.embed, sharding, use_bias=config.mlp_bias, input_is_parallel=True, dtype=dtype, key=keys[2]
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        activation = ACTIVATIONS[self.activation]
+        hidden = activation(self.up(x)) if self.gate is None else activation(self.gate(x)) * self.up(x)
+        return self.down(hidden)

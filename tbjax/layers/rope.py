@@ -1,0 +1,74 @@
+"""Rotary positions: a table of angles per position, and the turn of each pair of features by its angle.
+
+Feature i of the rotated part is paired with feature i + half, the layout of all Hugging Face decoders. Angles, cosines and
+sines are float32 whatever the precision of the model. Two kinds depend on how long the sequence is (`dynamic` stretches
+its base, `longrope` changes its factors); the length is the largest position asked for, as in transformers.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tbjax.config import Rope
+
+
+def angles(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, [B, S, rotated/2] each, for integer positions [B, S]."""
+    theta = positions.astype(jnp.float32)[..., None] * frequencies(rope, head_dim, jnp.max(positions) + 1)
+    return jnp.cos(theta) * rope.attention_factor, jnp.sin(theta) * rope.attention_factor
+
+
+def rotate(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
+    """Turns the leading features of each head of x [B, S, H, N]; what is beyond the table passes."""
+    half = cosines.shape[-1]
+    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
+    cosines, sines = cosines[:, :, None].astype(x.dtype), sines[:, :, None].astype(x.dtype)
+    return jnp.concatenate((first * cosines - second * sines, second * cosines + first * sines, rest), axis=-1)
+
+
+def frequencies(rope: Rope, head_dim: int, length: jax.Array | int) -> jax.Array:
+    """Radians per position of each pair of features, for sequences of `length`."""
+    rotated = int(head_dim * rope.fraction)
+    exponents = np.arange(0, rotated, 2) / rotated
+    plain = rope.theta**-exponents
+    match rope.kind:
+        case "default":
+            result = plain
+        case "linear":
+            result = plain / rope.factor
+        case "llama3":
+            result = _llama3(rope, plain)
+        case "yarn":
+            result = _yarn(rope, plain, rotated)
+        case "dynamic":
+            stretch = jnp.maximum(length, rope.original_positions) / rope.original_positions
+            growth = (rope.factor * stretch - (rope.factor - 1)) ** (rotated / (rotated - 2))
+            return (rope.theta * growth) ** -jnp.asarray(exponents, jnp.float32)
+        case "longrope":
+            short, long = (plain / np.asarray(factors) for factors in (rope.short_factors, rope.long_factors))
+            return jnp.where(length > rope.original_positions, jnp.float32(long), jnp.float32(short))
+    return jnp.asarray(result, jnp.float32)
+
+
+def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
+    """Long wavelengths are stretched by the factor, short ones kept, those between blended."""
+    wavelengths = 2 * math.pi / plain
+    span = rope.high_frequency_factor - rope.low_frequency_factor
+    kept = np.clip((rope.original_positions / wavelengths - rope.low_frequency_factor) / span, 0, 1)
+    return plain * (kept + (1 - kept) / rope.factor)
+
+
+def _yarn(rope: Rope, plain: np.ndarray, rotated: int) -> np.ndarray:
+    """Pairs that turn more than `beta_fast` times within the trained length are kept, fewer than `beta_slow` stretched."""
+
+    def pair_turning(times: float) -> float:
+        return rotated * math.log(rope.original_positions / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = pair_turning(rope.beta_fast), pair_turning(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotated - 1)
+    stretched = np.clip((np.arange(rotated // 2) - low) / max(high - low, 0.001), 0, 1)
+    return plain * (1 - stretched) + plain / rope.factor * stretched

@@ -1,0 +1,95 @@
+"""The mesh: six named axes, always in the same order, however the user spells them.
+
+    (dp, fsdp, tp)            a tuple of three
+    {"fsdp": 4, "tp": 2}      a dict of any of the six
+    jax.sharding.Mesh         with axes among the six
+    None or "auto"            every device on fsdp
+
+Axes run from the outermost, which may cross slow links, to the innermost, which should lie within one host's fast
+domain. One size may be -1: it takes what the others leave. A size that the user gave is never changed.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+AXES = ("pp", "dp", "fsdp", "ep", "cp", "tp")
+
+MeshSpec = Mesh | Mapping[str, int] | Sequence[int] | Literal["auto"] | None
+
+
+def axis_sizes(spec: MeshSpec, device_count: int) -> dict[str, int]:
+    """The size of each of the six axes that `spec` asks for on `device_count` devices."""
+    if isinstance(spec, Mesh):
+        return {axis: spec.shape.get(axis, 1) for axis in AXES}
+    sizes = dict.fromkeys(AXES, 1) | _requested(spec)
+    for axis, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
+            raise ValueError(f"mesh axis {axis!r} has size {size!r}: sizes are positive integers, or -1 to fill.")
+    filled = [axis for axis, size in sizes.items() if size == -1]
+    if len(filled) > 1:
+        raise ValueError(f"mesh axes {filled} are both -1: only one can be filled from the device count.")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if filled and device_count % fixed == 0:
+        sizes[filled[0]] = device_count // fixed
+    elif filled or fixed != device_count:
+        raise ValueError(
+            f"mesh {spell(sizes)} needs {'a multiple of ' if filled else ''}{fixed} devices, but there are {device_count}. "
+            f"A mesh that would do: {spell(_nearest(sizes, device_count))}."
+        )
+    return sizes
+
+
+def make_mesh(spec: MeshSpec = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all of them), validated against their number."""
+    if isinstance(spec, Mesh):
+        unknown = [axis for axis in spec.axis_names if axis not in AXES]
+        if unknown:
+            raise ValueError(f"mesh axes {unknown} are unknown: tbjax knows {', '.join(AXES)}.")
+        # Placements here are the compiler's to propagate, whatever kind of axes the caller's mesh has.
+        return Mesh(spec.devices, spec.axis_names, axis_types=(AxisType.Auto,) * len(spec.axis_names))
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = axis_sizes(spec, len(devices))
+    shape = tuple(sizes.values())
+    # Lays the inner axes along the fastest links (torus neighbours on TPU, the same host on GPU).
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _requested(spec: Mapping[str, int] | Sequence[int] | str | None) -> dict[str, int]:
+    if spec is None or spec == "auto":
+        return {"fsdp": -1}
+    if isinstance(spec, Mapping):
+        unknown = [axis for axis in spec if axis not in AXES]
+        if unknown:
+            raise ValueError(f"mesh axes {unknown} are unknown: tbjax knows {', '.join(AXES)}.")
+        return dict(spec)
+    if isinstance(spec, str) or not isinstance(spec, Sequence) or len(spec) != 3:
+        raise ValueError(
+            f"mesh={spec!r} is not a mesh: give (dp, fsdp, tp), a dict such as {{'fsdp': 4, 'tp': 2}}, "
+            "a jax.sharding.Mesh or 'auto'."
+        )
+    return dict(zip(("dp", "fsdp", "tp"), spec, strict=True))
+
+
+def _nearest(sizes: Mapping[str, int], device_count: int) -> dict[str, int]:
+    """The request cut down to divisors of what is left, inner axes first, with the remainder on fsdp."""
+    nearest, left = dict.fromkeys(AXES, 1), device_count
+    for axis in reversed(AXES):
+        nearest[axis] = math.gcd(sizes[axis], left) if sizes[axis] > 0 else 1
+        left //= nearest[axis]
+    nearest["fsdp"] *= left
+    return nearest
+
+
+def spell(sizes: Mapping[str, int]) -> str:
+    """The sizes as a user would write them: (dp, fsdp, tp) where that says it all."""
+    if all(sizes.get(axis, 1) == 1 for axis in ("pp", "ep", "cp")):
+        return f"({sizes.get('dp', 1)}, {sizes.get('fsdp', 1)}, {sizes.get('tp', 1)})"
+    return repr({axis: size for axis, size in sizes.items() if size != 1})
+
+

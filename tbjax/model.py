@@ -1,0 +1,231 @@
+"""One decoder for every family: embed, scan over blocks, norm, head.
+
+Layers that repeat the same pattern of kinds are stacked, one array for all, and the decoder scans over the stack, so that
+neither the program nor its compile time grows with depth. `scan=False` runs the same weights as a Python loop. Paths of
+parameters read `stacks.<group>.<position in pattern>.attention.query.weight`, with the layers in front of the shape.
+
+A `Decoder` is a plain pytree: `jax.jit`, `jax.grad` and `jax.tree.map` take it as it is.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from tbjax.config import LayerKind, ModelConfig
+from tbjax.layers import rope
+from tbjax.layers.attention import Attention, Keys
+from tbjax.layers.cache import KVCache
+from tbjax.layers.embedding import TensorParallelEmbedding
+from tbjax.layers.linear import as_sharding
+from tbjax.layers.mlp import MLP
+from tbjax.layers.moe import MixtureOfExperts, RouterLoad
+from tbjax.layers.norm import LayerNorm, RMSNorm
+from tbjax.sharding import Sharding
+
+Angles = tuple[jax.Array, jax.Array] | None
+
+
+class Output(NamedTuple):
+    """Everything a forward pass gives."""
+
+    logits: jax.Array  # [B, S, V]
+    cache: KVCache | None
+    auxiliary_loss: jax.Array | None  # of the routers, unweighted; None without experts
+
+
+class Hidden(NamedTuple):
+    """A forward pass up to the head."""
+
+    states: jax.Array  # [B, S, D], normalised
+    cache: KVCache | None
+    auxiliary_loss: jax.Array | None
+
+
+class Block(nnx.Module):
+    """One layer: attention and MLP (or experts) around the residual stream."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, sharding: Sharding, *, dtype: Any, key: Any) -> None:
+        self.config = config
+        self.sharding = sharding
+        keys = jax.random.split(key, 2)
+        self.attention = Attention(config, kind, sharding, dtype=dtype, key=keys[0])
+        mlp = MixtureOfExperts if kind.sparse else MLP
+        self.mlp = mlp(config, sharding, dtype=dtype, key=keys[1])
+        before, after = config.norm_placement != "post", config.norm_placement != "pre"
+        make = lambda wanted: make_norm(config, sharding, dtype, key) if wanted else None  # noqa: E731
+        self.attention_norm = make(before)
+        self.mlp_norm = make(before and config.block != "shared")
+        self.attention_post_norm = make(after)
+        self.mlp_post_norm = make(after)
+
+    def __call__(
+        self, x: jax.Array, keys: Keys, angles: Angles, valid: jax.Array, cache: Any = None
+    ) -> tuple[jax.Array, Any, RouterLoad | None]:
+        """The next residual stream, the layer's cache, the load of its experts. `valid` [B, S] marks real tokens."""
+        normed = self._apply(self.attention_norm, x)
+        attended, cache = self.attention(normed, keys, angles, cache)
+        attended = self._apply(self.attention_post_norm, attended)
+        if self.config.block == "sequential":
+            x = self.sharding.residual(x + attended)
+            out, load = self._mlp(self._apply(self.mlp_norm, x), valid)
+            return self.sharding.residual(x + out), cache, load
+        out, load = self._mlp(normed if self.config.block == "shared" else self._apply(self.mlp_norm, x), valid)
+        return self.sharding.residual(x + attended + out), cache, load
+
+    def _mlp(self, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, RouterLoad | None]:
+        out, load = self.mlp(x, valid) if isinstance(self.mlp, MixtureOfExperts) else (self.mlp(x), None)
+        return self._apply(self.mlp_post_norm, out), load
+
+    def _apply(self, norm: Any, x: jax.Array) -> jax.Array:
+        return x if norm is None else norm(x)
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model over a mesh."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh | Sharding | None = None,
+        *,
+        dtype: Any = jnp.float32,
+        key: Any = None,
+        scan: bool = True,
+    ) -> None:
+        self.config = config
+        self.sharding = as_sharding(mesh)
+        self.scan = scan
+        keys = jax.random.split(jax.random.key(0) if key is None else key, 3)
+        made = {"dtype": dtype}
+        self.embedding = TensorParallelEmbedding(config.vocab_size, config.embed, self.sharding, key=keys[0], **made)
+        self.stacks = nnx.List()
+        for group in config.groups:
+            stack = nnx.List()
+            for position, kind in enumerate(group.pattern):
+                layers = group.first + position + len(group.pattern) * jnp.arange(group.repeats)
+                layer_keys = jax.vmap(jax.random.fold_in, (None, 0))(keys[1], layers)
+                stack.append(jax.vmap(lambda k, kind=kind: Block(config, kind, self.sharding, key=k, **made))(layer_keys))
+            self.stacks.append(stack)
+        self.final_norm = make_norm(config, self.sharding, dtype, keys[2])
+        head = (config.vocab_size, config.embed, self.sharding)
+        self.head = None if config.tie_embeddings else TensorParallelEmbedding(*head, key=keys[2], **made)
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.sharding.mesh
+
+    @property
+    def dtype(self) -> Any:
+        return self.embedding.weight.dtype
+
+    def __call__(
+        self, tokens: jax.Array, attention_mask: jax.Array | None = None, positions: jax.Array | None = None
+    ) -> jax.Array:
+        """Logits [B, S, V] of the next token after each of `tokens` [B, S].
+
+        `attention_mask` [B, S] marks real tokens with 1 (padding may stand left or right); `positions` default to 0, 1, 2...
+        """
+        return self.forward(tokens, attention_mask, positions).logits
+
+    def forward(
+        self,
+        tokens: jax.Array,
+        attention_mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> Output:
+        """As a call, with the cache that continues this one and the routers' auxiliary loss."""
+        hidden = self.hidden(tokens, attention_mask, positions, cache)
+        return Output(self.logits(hidden.states), hidden.cache, hidden.auxiliary_loss)
+
+    def logits(self, states: jax.Array) -> jax.Array:
+        """The head: logits [B, S, V] of hidden states [B, S, D]."""
+        scores = (self.embedding if self.head is None else self.head).logits(states)
+        cap = self.config.logits_softcap
+        return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        attention_mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> Hidden:
+        """Everything but the head. With a cache, `tokens` follow those that it holds."""
+        config = self.config
+        tokens = jnp.asarray(tokens)
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens must be integers [batch, sequence], not {tokens.dtype}{list(tokens.shape)}.")
+        valid = jnp.ones(tokens.shape, bool) if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
+        if valid.shape != tokens.shape:
+            raise ValueError(f"attention_mask has shape {list(valid.shape)}, tokens {list(tokens.shape)}.")
+        slots = jnp.arange(tokens.shape[1])
+        known = valid
+        if cache is not None:
+            slots = slots + cache.length
+            known = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, cache.length, axis=1)
+        keys = Keys(slots, known, jnp.maximum(jnp.cumsum(known, axis=1) - 1, 0) * known)
+        positions = jnp.broadcast_to(slots, tokens.shape) if positions is None else jnp.asarray(positions)
+
+        x = self.embedding(tokens)
+        if config.embed_scale is not None:
+            x = x * jnp.asarray(config.embed_scale, x.dtype)
+        angles = {
+            table: None if table is None else rope.angles(table, config.head_dim, positions)
+            for table in {config.rope, config.window_rope, None}
+        }
+        loads, layers = [], []
+        for group, stack in enumerate(self.stacks):
+            old = None if cache is None else cache.layers[group]
+            x, new, load = self._run(group, stack, x, keys, angles, valid, old)
+            layers.append(new)
+            loads += load
+        if cache is not None:
+            cache = KVCache(layers, known, cache.length + tokens.shape[1])
+        return Hidden(self.final_norm(x), cache, auxiliary_loss(loads))
+
+    def _run(self, group: int, stack: Any, x: jax.Array, keys: Keys, angles: dict, valid: jax.Array, cache: Any):
+        """All repeats of one group."""
+        config, pattern, repeats = self.config, *self.config.groups[group][:2]
+        ropes = [config.window_rope if kind.window and config.window_rope else config.rope for kind in pattern]
+
+        def once(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+            blocks, old = layer
+            new, loads = [], []
+            for position, (block, table) in enumerate(zip(blocks, ropes, strict=True)):
+                x, kv, load = block(x, keys, angles[table], valid, None if old is None else old[position])
+                new.append(kv)
+                loads += [] if load is None else [load]
+            return x, (None if old is None else new, loads)
+
+        xs = (list(stack), cache)
+        if self.scan:
+            x, (new, loads) = jax.lax.scan(once, x, xs)
+            return x, new, loads
+        outs = []
+        for index in range(repeats):
+            x, out = once(x, jax.tree.map(lambda a, index=index: a[index], xs))
+            outs.append(out)
+        new, loads = jax.tree.map(lambda *a: jnp.stack(a), *outs)
+        return x, new, loads
+
+
+def auxiliary_loss(loads: list[RouterLoad]) -> jax.Array | None:
+    """The load-balancing loss of Switch Transformer, over the tokens of all layers together, as transformers has it."""
+    if not loads:
+        return None
+    assignments, probabilities = (sum(jnp.sum(load[i], axis=0) for load in loads) for i in range(2))
+    rows = sum(jnp.sum(load.tokens) for load in loads)
+    return assignments.shape[0] * jnp.sum(assignments * probabilities) / jnp.square(rows)
+
+
+def make_norm(config: ModelConfig, sharding: Sharding, dtype: Any, key: Any) -> RMSNorm | LayerNorm:
+    """The normalisation that the architecture uses."""
+    if config.norm == "layer":
+        return LayerNorm(config.embed, sharding, epsilon=config.norm_epsilon, dtype=dtype, key=key)
+    return RMSNorm(
+        config.embed, sharding, epsilon=config.norm_epsilon, offset=config.norm_offset, dtype=dtype, key=key
+    )

@@ -1,0 +1,241 @@
+"""From what a dimension means to where it lies: the one place that knows mesh axes.
+
+Layers name the dimensions of their parameters and activations (`embed`, `heads`, `batch`, ...). Two small tables say
+which mesh axes may cut each, and one function turns names into a `PartitionSpec`. Parameters must be cut as asked or the request
+raises; activations are cut as far as their size allows (a batch of one cannot be split, and is computed everywhere).
+
+Under FSDP a parameter lies cut over `fsdp` and is gathered where it is used: `use` says so to the compiler, which turns
+it into an all-gather forwards and a reduce-scatter of the gradient backwards.
+"""
+
+import dataclasses
+import enum
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tbjax import mesh as meshes
+
+# A dimension is cut by its first axis, or the request raises; by the further ones only where another dimension does
+# not hold them. So `embed` is cut by ep as well, except in expert weights, where `experts` has it.
+PARAMETER_AXES: Mapping[str, tuple[str, ...]] = {
+    "layers": ("pp",),
+    "vocab": ("tp",),
+    "heads": ("tp",),
+    "kv_heads": ("tp",),
+    "mlp": ("tp",),
+    "experts": ("ep",),
+    "embed": ("fsdp", "ep"),
+}
+ACTIVATION_AXES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("dp", "fsdp", "ep"),
+    "sequence": ("cp",),
+    "heads": ("tp",),
+    "kv_heads": ("tp",),
+    "mlp": ("tp",),
+    "vocab": ("tp",),
+    "experts": ("ep",),
+}
+
+# The axes that FSDP and its lesser forms act on.
+DATA_AXES = ("fsdp", "ep")
+
+# A tensor above this share of all parameters must be cut by every sharding axis, or it is named.
+NOTABLE_SHARE = 0.02
+
+Dims = tuple[str | None, ...]
+Module = TypeVar("Module")
+
+
+class ShardingStrategy(enum.StrEnum):
+    """What the data-parallel devices share out between them, under the names PyTorch's FSDP gave."""
+
+    NO_SHARD = "NO_SHARD"  # nothing: data parallel
+    OPTIMIZER = "OPTIMIZER"  # optimizer state: ZeRO-1
+    SHARD_GRAD_OP = "SHARD_GRAD_OP"  # gradients too: ZeRO-2
+    FULL_SHARD = "FULL_SHARD"  # parameters too: ZeRO-3
+    HYBRID_SHARD = "HYBRID_SHARD"  # FULL_SHARD over fsdp, replicated over dp
+
+    @property
+    def cuts_parameters(self) -> bool:
+        return self in (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD)
+
+
+class Leaf(NamedTuple):
+    """One parameter of a module: its dotted path, its dimensions, its variable."""
+
+    path: str
+    dims: Dims
+    variable: nnx.Variable
+
+
+def is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def leaves(module: Any) -> Iterator[Leaf]:
+    """The parameters of a module in tree order. A parameter in a stack has one dimension more than it names: the layers."""
+    for path, variable in jax.tree_util.tree_flatten_with_path(module, is_leaf=is_variable)[0]:
+        dims = tuple(variable.dims)
+        stacked = len(variable.shape) > len(dims)
+        yield Leaf(jax.tree_util.keystr(path, simple=True, separator="."), ("layers", *dims) if stacked else dims, variable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """A mesh, and how a model is laid out on it."""
+
+    mesh: Mesh | AbstractMesh
+    strategy: ShardingStrategy = ShardingStrategy.FULL_SHARD
+    sequence_parallel: bool = False  # Megatron's: norms and residuals are cut over tp along the sequence
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "strategy", ShardingStrategy(self.strategy))
+        except ValueError:
+            names = ", ".join(ShardingStrategy)
+            raise ValueError(f"sharding={self.strategy!r} is not a strategy: tbjax knows {names}.") from None
+
+    def size(self, *axes: str) -> int:
+        """The product of the sizes of `axes` (an axis that the mesh lacks has size one)."""
+        return math.prod(self.mesh.shape.get(axis, 1) for axis in axes)
+
+    # Parameters.
+
+    def parameter(self, dims: Dims, shape: tuple[int, ...], name: str = "parameter") -> NamedSharding:
+        """Where a parameter lies. Raises, naming it, where a dimension does not divide."""
+        axes = dict(PARAMETER_AXES)
+        if not self.strategy.cuts_parameters:
+            axes["embed"] = ()
+        spec = self._spec(dims, axes)
+        for dim, size, entry in zip(dims, shape, spec, strict=True):
+            degree = self.size(*_axes(entry))
+            if size % degree and dim == "kv_heads":
+                # Few key-value heads are held by every tp device, as is usual.
+                spec = PartitionSpec(*(None if d == "kv_heads" else e for d, e in zip(dims, spec, strict=True)))
+            elif size % degree:
+                raise ValueError(
+                    f"{name}: dimension {dim!r} of size {size} does not divide over {'*'.join(_axes(entry))}={degree}"
+                )
+        return NamedSharding(self.mesh, spec)
+
+    def use(self, variable: nnx.Variable, dtype: Any = None) -> jax.Array:
+        """The value of a parameter, gathered over the axes that only store it (FSDP) and still cut over tp."""
+        value = variable[...]
+        if dtype is not None:
+            value = value.astype(dtype)
+        if self.size(*DATA_AXES) == 1 or not self.strategy.cuts_parameters:
+            return value
+        return self._constrain(value, self._spec(tuple(variable.dims), dict(PARAMETER_AXES) | {"embed": ()}))
+
+    def place(self, module: Module) -> Module:
+        """An abstract module with a sharding on every leaf. Raises, with a mesh that would do, where this one cannot."""
+        shardings = {}
+        for path, dims, variable in leaves(module):
+            try:
+                shardings[path] = self.parameter(dims, variable.shape, path)
+            except ValueError as error:
+                hint = self._working_mesh(module)
+                raise ValueError(f"{error}. {hint}") from None
+        placed = iter(shardings.values())
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=next(placed)), module)
+
+    def uncut(self, module: Any) -> dict[str, tuple[str, ...]]:
+        """The notable tensors that a sharding axis (fsdp, tp) does not cut, with those axes."""
+        sharding_axes = [a for a in ("fsdp", "tp") if self.size(a) > 1 and (a != "fsdp" or self.strategy.cuts_parameters)]
+        found = list(leaves(module))
+        total = sum(math.prod(variable.shape) for _, _, variable in found)
+        result = {}
+        for path, dims, variable in found:
+            if math.prod(variable.shape) > NOTABLE_SHARE * total:
+                used = {a for entry in self.parameter(dims, variable.shape, path).spec for a in _axes(entry)}
+                missing = tuple(axis for axis in sharding_axes if axis not in used)
+                if missing:
+                    result[path] = missing
+        return result
+
+    # Activations.
+
+    def activation(self, dims: Dims, shape: tuple[int, ...]) -> PartitionSpec:
+        """How an activation is cut: as far as its sizes allow."""
+        spec = self._spec(dims, ACTIVATION_AXES)
+        return PartitionSpec(*(self._fitting(entry, size) for entry, size in zip(spec, shape, strict=True)))
+
+    def constrain(self, value: jax.Array, *dims: str | None) -> jax.Array:
+        """Tells the compiler how `value` is to lie."""
+        return self._constrain(value, self.activation(dims, value.shape))
+
+    def residual(self, value: jax.Array) -> jax.Array:
+        """As `constrain` for the residual stream [B, S, D], whose sequence lies over tp under sequence parallelism."""
+        spec = self.activation(("batch", "sequence", None), value.shape)
+        if self.sequence_parallel:
+            entry = self._fitting((*_axes(spec[1]), "tp"), value.shape[1])
+            spec = PartitionSpec(spec[0], entry, None)
+        return self._constrain(value, spec)
+
+    def _constrain(self, value: jax.Array, spec: PartitionSpec) -> jax.Array:
+        if self.mesh.size == 1:
+            return value
+        context = jax.sharding.get_abstract_mesh()
+        if context.empty or not any(kind == AxisType.Manual for kind in context.axis_types):
+            return jax.lax.with_sharding_constraint(value, NamedSharding(self.mesh, spec))
+        return jax.lax.with_sharding_constraint(value, spec)  # inside a shard_map: its own mesh
+
+    # The one function.
+
+    def _spec(self, dims: Dims, axes: Mapping[str, tuple[str, ...]]) -> PartitionSpec:
+        """The mesh axes of each dimension; raises if two dimensions claim one axis as their first."""
+        held: dict[str, str] = {}
+        for dim in dims:
+            for axis in axes.get(dim or "", ())[:1]:
+                if axis in held:
+                    raise ValueError(f"dimensions {held[axis]!r} and {dim!r} of one tensor {dims} both claim mesh axis {axis!r}.")
+                held[axis] = dim or ""
+        entries = []
+        for dim in dims:
+            mine = [a for a in axes.get(dim or "", ()) if held.setdefault(a, dim or "") == dim and self.size(a) > 1]
+            entries.append(mine[0] if len(mine) == 1 else tuple(mine) or None)
+        return PartitionSpec(*entries)
+
+    def _fitting(self, entry: Any, size: int) -> Any:
+        """The leading axes of `entry` whose product divides `size`."""
+        axes = [axis for axis in _axes(entry) if self.size(axis) > 1]
+        while axes and size % self.size(*axes):
+            axes.pop()
+        return axes[0] if len(axes) == 1 else tuple(axes) or None
+
+    def _working_mesh(self, module: Any) -> str:
+        """A sentence naming the mesh nearest to this one, over as many devices, that the module's sizes allow."""
+        asked = dict(self.mesh.shape)
+        movable = [axis for axis in ("dp", "fsdp", "ep", "tp") if axis in asked and (asked[axis] > 1 or axis != "ep")]
+        count = self.size(*movable)
+        divisors = [n for n in range(1, count + 1) if count % n == 0]
+        candidates = [
+            asked | dict(zip(movable, sizes, strict=True))
+            for sizes in itertools.product(divisors, repeat=len(movable))
+            if math.prod(sizes) == count
+        ]
+        candidates.sort(key=lambda sizes: sum(abs(math.log2(sizes[axis] / asked[axis])) for axis in movable))
+        for sizes in candidates:
+            if self._fits(module, sizes):
+                return f"A mesh that would do: {meshes.spell(sizes)}."
+        return "No mesh over this many devices would do."
+
+    def _fits(self, module: Any, sizes: Mapping[str, int]) -> bool:
+        other = dataclasses.replace(self, mesh=AbstractMesh(tuple(sizes.values()), tuple(sizes)))
+        try:
+            for path, dims, variable in leaves(module):
+                other.parameter(dims, variable.shape, path)
+        except ValueError:
+            return False
+        return True
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """A PartitionSpec's entry as a tuple of axes."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

@@ -58,7 +58,7 @@ def save(
         "config": dataclasses.asdict(model.config),
         "companions": dict(companions or {}),
     }
-    arrays = _nested({leaf.path: leaf.variable[...] for leaf in leaves(model)})
+    arrays = _nested(_by_path(model))
     with _checkpointer() as checkpointer:
         checkpointer.save(
             path, args=ocp.args.Composite(parameters=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
@@ -72,7 +72,7 @@ def restore(abstract_model: Module, path: str | Path) -> Module:
     """
     path = _local(path)
     stored = read_about(path).parameters
-    wanted = {leaf.path: leaf.variable[...] for leaf in leaves(abstract_model)}
+    wanted = _by_path(abstract_model)
     _check(stored, wanted, path)
     with _checkpointer() as checkpointer:
         arguments = ocp.args.Composite(parameters=ocp.args.StandardRestore(_nested(wanted)))
@@ -93,6 +93,7 @@ def read_about(path: str | Path) -> About:
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else type(about).__name__
         raise ValueError(f"{path}/about: format {found!r} is not {FORMAT}: it needs the release of tbjax that wrote it.")
+    # Orbax keeps the tree of names; each leaf is what it noted of one array.
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     parameters = {
         jax.tree_util.keystr(key, simple=True, separator="."): jax.ShapeDtypeStruct(array.shape, array.dtype)
@@ -134,6 +135,10 @@ def _make_room(path: Path, overwrite: bool) -> None:
         shutil.rmtree(path)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"tbjax.checkpoint made room at {path}")
+
+
+def _by_path(model: nnx.Module) -> dict[str, Any]:
+    return dict(zip((leaf.path for leaf in leaves(model)), jax.tree.leaves(model), strict=True))
 
 
 def _nested(arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""tbjax: any Hugging Face decoder, sharded over any mesh of NVIDIA GPUs or TPUs.
+
+    model = tbjax.load("HuggingFaceTB/SmolLM2-135M-Instruct", mesh=(2, 2, 2))  # (dp, fsdp, tp)
+    logits = model(tokens)
+    print(model.generate("The capital of France is"))
+    model.save_pretrained("out/")
+
+Names are imported when first asked for, so that `tbjax --help` need not wait for JAX.
+"""
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tbjax import checkpoint, layers
+    from tbjax.api import CausalLM, from_config, load, save
+    from tbjax.config import LayerKind, ModelConfig, MoE, Rope
+    from tbjax.mesh import make_mesh
+    from tbjax.model import Decoder
+    from tbjax.sharding import Sharding, ShardingStrategy
+
+_HOMES = {
+    "CausalLM": "tbjax.api",
+    "Decoder": "tbjax.model",
+    "LayerKind": "tbjax.config",
+    "MoE": "tbjax.config",
+    "ModelConfig": "tbjax.config",
+    "Rope": "tbjax.config",
+    "Sharding": "tbjax.sharding",
+    "ShardingStrategy": "tbjax.sharding",
+    "from_config": "tbjax.api",
+    "load": "tbjax.api",
+    "make_mesh": "tbjax.mesh",
+    "save": "tbjax.api",
+}
+_MODULES = ("checkpoint", "layers")
+
+__all__ = [  # noqa: RUF022 (in the order of a reader's interest)
+    "load",
+    "from_config",
+    "save",
+    "CausalLM",
+    "Decoder",
+    "ModelConfig",
+    "LayerKind",
+    "MoE",
+    "Rope",
+    "make_mesh",
+    "Sharding",
+    "ShardingStrategy",
+    "checkpoint",
+    "layers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("tbjax")
+    if name in _MODULES:
+        return importlib.import_module(f"tbjax.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'tbjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

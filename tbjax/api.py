@@ -1,0 +1,263 @@
+"""The face: a checkpoint in, a sharded model, a checkpoint out.
+
+`load` ties the floors together: `interop.source` finds the files, a family translates the config, `sharding` lays out an
+abstract model on the mesh, and `interop.load` fills each shard from the bytes that belong there. What comes back is a
+`Decoder` that also knows where it came from: its tokenizer, its Hugging Face config, and so how to be written back.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from interop.families import Fields, family
+from interop.load import DEFAULT_BUDGET, load_parameters
+from tbjax import checkpoint, generate
+from tbjax.config import ModelConfig
+from tbjax.mesh import MeshSpec, make_mesh
+from tbjax.model import Decoder
+from tbjax.sharding import Sharding, ShardingStrategy
+
+log = logging.getLogger("tbjax")
+
+# What `generate` writes at most where neither the call nor the model's generation config says.
+DEFAULT_NEW_TOKENS = 128
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[Message] | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Origin:
+    """Where a model came from: what Hugging Face keeps beside the weights."""
+
+    config: Mapping[str, Any]  # config.json
+    generation_config: Mapping[str, Any] | None = None
+    tokenizer: Any = None
+
+
+class CausalLM(Decoder):
+    """A `Decoder` with its tokenizer and its Hugging Face config: what `tbjax.load` gives."""
+
+    def __init__(self, config: ModelConfig, mesh: Any = None, *, origin: Origin | None = None, **settings: Any) -> None:
+        super().__init__(config, mesh, **settings)
+        self.origin = origin
+
+    @property
+    def tokenizer(self) -> Any:
+        """The `transformers` tokenizer, or None where the checkpoint has none."""
+        return self.origin.tokenizer if self.origin else None
+
+    def __call__(self, tokens: Any, attention_mask: Any = None, positions: Any = None) -> jax.Array:
+        """Logits [B, S, V] of the next token after each of `tokens` [B, S], compiled."""
+        if not isinstance(tokens, jax.core.Tracer):
+            tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
+            if not isinstance(tokens, jax.Array) or tokens.is_fully_addressable:
+                generate.check_tokens(np.asarray(tokens), self.config.vocab_size)
+        return _forward(self, tokens, attention_mask, positions)
+
+    def generate(self, prompt: Prompt, *, max_new_tokens: int | None = None) -> Any:
+        """What follows the prompt, greedily, up to an end token or `max_new_tokens`.
+
+        A text gives a text, a chat (`[{"role": "user", "content": ...}]`) the assistant's answer, a list of texts a list
+        of texts, a row of token ids a list of ids, rows of ids a list of those. The prompt is not repeated.
+        """
+        rows, unwrap = self._rows(prompt)
+        settings = self._generation_settings()
+        limit = settings.get("max_new_tokens") or DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        if max_new_tokens is None:
+            limit = max(0, min(limit, self.config.max_positions - max(map(len, rows), default=0)))
+        eos = settings.get("eos_token_id")
+        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        return unwrap(generate.generate(self, rows, max_new_tokens=limit, eos_tokens=eos))
+
+    def save_pretrained(self, path: str | Path, **options: Any) -> None:
+        """Write a Hugging Face checkpoint: safetensors, config.json, generation config, tokenizer.
+
+        Options are those of `interop.export.export`: `dtype`, `max_shard_bytes`, `overwrite`.
+        """
+        from interop.export import export
+
+        origin = self._require_origin()
+        export(
+            self,
+            self.config,
+            family(self.config.family),
+            Path(path),
+            config_json=origin.config,
+            generation_config=origin.generation_config,
+            tokenizer=origin.tokenizer,
+            **options,
+        )
+
+    def _rows(self, prompt: Prompt) -> tuple[list[list[int]], Any]:
+        """Token ids per row, and what turns rows of new ids into an answer of the prompt's kind."""
+        if isinstance(prompt, str):
+            return [self._require_tokenizer()(prompt)["input_ids"]], lambda out: self._text(out[0])
+        if isinstance(prompt, np.ndarray | jax.Array):
+            ids = np.asarray(prompt)
+            if ids.ndim not in (1, 2):
+                raise ValueError(f"a prompt of token ids is [sequence] or [batch, sequence], not {list(ids.shape)}.")
+            generate.check_tokens(ids, self.config.vocab_size)
+            return (ids.tolist(), lambda out: out) if ids.ndim == 2 else ([ids.tolist()], lambda out: out[0])
+        if not isinstance(prompt, Sequence) or not prompt:
+            raise ValueError(f"prompt={prompt!r}: a text, a chat, a list of texts, or token ids are needed.")
+        if all(isinstance(message, Mapping) for message in prompt):
+            ids = self._require_tokenizer().apply_chat_template(
+                list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+            return [ids], lambda out: self._text(out[0])
+        if all(isinstance(text, str) for text in prompt):
+            tokenizer = self._require_tokenizer()
+            return [tokenizer(text)["input_ids"] for text in prompt], lambda out: [self._text(row) for row in out]
+        if all(isinstance(token, int | np.integer) for token in prompt):
+            return [[int(token) for token in prompt]], lambda out: out[0]
+        if all(isinstance(row, Sequence | np.ndarray) and not isinstance(row, str) for row in prompt):
+            return [list(row) for row in prompt], lambda out: out
+        raise ValueError("prompt mixes texts, messages and token ids: give one kind.")
+
+    def _text(self, ids: list[int]) -> str:
+        return self._require_tokenizer().decode(ids, skip_special_tokens=True)
+
+    def _require_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ValueError("this model came without a tokenizer: give token ids in place of text.")
+        return self.tokenizer
+
+    def _require_origin(self) -> Origin:
+        if self.origin is None:
+            raise ValueError(
+                "this model was made from a bare ModelConfig, so there is no Hugging Face config to write: "
+                'make it from one (tbjax.from_config(config_json)), or save it with format="orbax".'
+            )
+        return self.origin
+
+    def _generation_settings(self) -> Mapping[str, Any]:
+        if self.origin is None:
+            return {}
+        return {**_present(self.origin.config, "eos_token_id"), **_present(self.origin.generation_config or {})}
+
+
+@jax.jit
+def _forward(model: Decoder, tokens: jax.Array, attention_mask: Any, positions: Any) -> jax.Array:
+    return model.forward(tokens, attention_mask, positions).logits
+
+
+def load(
+    name_or_path: str | Path,
+    mesh: MeshSpec = None,
+    *,
+    dtype: Any = None,
+    revision: str | None = None,
+    sharding: ShardingStrategy | str = ShardingStrategy.FULL_SHARD,
+    sequence_parallel: bool = False,
+    scan: bool = True,
+    trust_pickle: bool = False,
+    budget: int = DEFAULT_BUDGET,
+    progress: bool = True,
+) -> CausalLM:
+    """A Hugging Face checkpoint as a sharded model.
+
+    `name_or_path` is a hub id, a folder, or a .safetensors or .gguf file. `mesh` is `(dp, fsdp, tp)`, a dict of axes, a
+    `jax.sharding.Mesh`, or None for all devices on fsdp. `dtype` defaults to the checkpoint's. Each process reads only
+    what its own devices hold, with at most `budget` bytes of host memory in flight.
+    """
+    from interop.source import resolve
+
+    source = resolve(name_or_path, revision=revision, trust_pickle=trust_pickle)
+    translation = family(source.config["model_type"])
+    config = translation.config(Fields(source.config, f"{name_or_path}: config.json"))
+    origin = Origin(source.raw_config, source.generation_config, source.tokenizer())
+    model = abstract(config, mesh, dtype=dtype, origin=origin, sharding=sharding, sequence_parallel=sequence_parallel, scan=scan)
+    with source.open() as files:
+        return load_parameters(model, config, translation, files, budget=budget, progress=progress)
+
+
+def from_config(
+    config: ModelConfig | Mapping[str, Any] | str | Path | Any,
+    mesh: MeshSpec = None,
+    *,
+    seed: int = 0,
+    dtype: Any = None,
+    sharding: ShardingStrategy | str = ShardingStrategy.FULL_SHARD,
+    sequence_parallel: bool = False,
+    scan: bool = True,
+) -> CausalLM:
+    """A model with random weights, born sharded and the same on every mesh.
+
+    `config` is a `ModelConfig`, or a Hugging Face config: a dict, a `transformers` config, or the path of a config.json.
+    """
+    origin = None
+    if not isinstance(config, ModelConfig):
+        values = _hugging_face_config(config)
+        origin, config = Origin(values), family(values.get("model_type", "")).config(Fields(values))
+    settings = {"sharding": sharding, "sequence_parallel": sequence_parallel, "scan": scan, "dtype": dtype, "origin": origin}
+    model = abstract(config, mesh, **settings)
+    make = functools.partial(CausalLM, config, model.sharding, dtype=model.dtype, origin=origin, scan=scan)
+    born = jax.jit(lambda key: make(key=key), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, model))
+    return born(jax.random.key(seed))
+
+
+def abstract(
+    config: ModelConfig,
+    mesh: MeshSpec = None,
+    *,
+    dtype: Any = None,
+    origin: Origin | None = None,
+    sharding: ShardingStrategy | str = ShardingStrategy.FULL_SHARD,
+    sequence_parallel: bool = False,
+    scan: bool = True,
+) -> CausalLM:
+    """The model without its weights: shapes, dtypes and shardings, all checked against the mesh."""
+    layout = Sharding(make_mesh(mesh), ShardingStrategy(sharding), sequence_parallel)
+    make = functools.partial(
+        CausalLM, config, layout, dtype=jnp.dtype(dtype or config.dtype), origin=origin, scan=scan
+    )
+    model = layout.place(jax.eval_shape(lambda key: make(key=key), jax.random.key(0)))
+    for path, axes in layout.uncut(model).items():
+        log.warning("%s is not cut by %s: every device along it holds a copy.", path, " and ".join(axes))
+    return model
+
+
+def save(model: CausalLM, path: str | Path, format: Literal["hf", "orbax"] = "hf", **options: Any) -> None:  # noqa: A002
+    """Write a model: `format="hf"` as `model.save_pretrained`, `"orbax"` sharded, each process its own part."""
+    if format == "hf":
+        model.save_pretrained(path, **options)
+    elif format == "orbax":
+        checkpoint.save(model, path, companions=_companions(model.origin), **options)
+    else:
+        raise ValueError(f"format={format!r}: tbjax writes 'hf' or 'orbax'.")
+
+
+def _companions(origin: Origin | None) -> dict[str, str]:
+    """What an Orbax checkpoint carries so that it can become a Hugging Face one again."""
+    if origin is None:
+        return {}
+    files = {"config.json": json.dumps(dict(origin.config))}
+    if origin.generation_config:
+        files["generation_config.json"] = json.dumps(dict(origin.generation_config))
+    return files
+
+
+def _hugging_face_config(config: Any) -> dict[str, Any]:
+    """A Hugging Face config, its defaults filled in, from any of its forms."""
+    from interop.source import normalize_config, read_config
+
+    if isinstance(config, str | Path):
+        return normalize_config(read_config(Path(config)))
+    if isinstance(config, Mapping):
+        return normalize_config(dict(config))
+    if hasattr(config, "to_dict"):
+        return config.to_dict()
+    raise TypeError(f"config is a {type(config).__name__}: a ModelConfig, a dict, a path or a transformers config is needed.")
+
+
+def _present(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None and (not names or name in names)}

@@ -220,7 +220,13 @@ class Sharding:
             for sizes in itertools.product(divisors, repeat=len(movable))
             if math.prod(sizes) == count
         ]
-        candidates.sort(key=lambda sizes: sum(abs(math.log2(sizes[axis] / asked[axis])) for axis in movable))
+
+        def distance(sizes: Mapping[str, int]) -> tuple[float, float, int]:
+            # Near what was asked; then with tp as asked; then with as little left replicated as can be.
+            moved = {axis: abs(math.log2(sizes[axis] / asked[axis])) for axis in movable}
+            return sum(moved.values()), moved.get("tp", 0), -sizes.get("fsdp", 1)
+
+        candidates.sort(key=distance)
         for sizes in candidates:
             if self._fits(module, sizes):
                 return f"A mesh that would do: {meshes.spell(sizes)}."

@@ -1,0 +1,62 @@
+"""What the commands share: errors a reader can act on, and enough CPU devices. Imports nothing slow: `--help` goes through here."""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+
+import typer
+from rich.console import Console
+
+# What a user can cause: a wrong argument, a damaged or missing file, a package that is not installed, memory that runs out
+# on a device. Anything else is a mistake of ours, and keeps its traceback.
+EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+
+FAILED = 1  # the exit code of work that could not be done; 0 is success, 2 a command line that cannot be understood
+
+
+@contextlib.contextmanager
+def readable_errors(*, debug: bool) -> Iterator[None]:
+    """Print an expected error as one paragraph on stderr and exit with `FAILED`; with `debug`, let it through."""
+    try:
+        yield
+    except EXPECTED as error:
+        # Typer's own exits and usage errors are RuntimeErrors too, but nobody's fault here.
+        if debug or isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(message)}")
+        raise typer.Exit(FAILED) from error
+
+
+def parse_mesh(text: str | None) -> tuple[int, ...] | dict[str, int] | None:
+    """`"1,4,2"` as (dp, fsdp, tp), `"ep=4,tp=2"` as axes, None and `"auto"` as None: all devices."""
+    if text is None or text == "auto":
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    try:
+        if all("=" in part for part in parts):
+            return {axis.strip(): int(size) for axis, size in (part.split("=", 1) for part in parts)}
+        sizes = tuple(int(part) for part in parts)
+    except ValueError:
+        sizes = ()
+    if len(sizes) != 3:
+        raise typer.BadParameter(f"{text!r}: give dp,fsdp,tp (as 1,4,2), axes by name (as ep=4,tp=2) or auto.")
+    return sizes
+
+
+def provide_cpu_devices(mesh: Sequence[int] | dict[str, int] | None) -> None:
+    """Let the CPU stand in for as many devices as `mesh` has.
+
+    Does nothing where JAX has been imported or told already, and changes nothing on a machine with accelerators: they go before
+    the CPU.
+    """
+    sizes = list(mesh.values() if isinstance(mesh, dict) else mesh or ())
+    if all(size > 0 for size in sizes) and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(math.prod(sizes)))
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -69,7 +69,7 @@ class SourceTensor(ABC):
         return f"{self.name} {list(self.shape)} {self.dtype} in {self.file.name}"
 
 
-def cut(array: np.ndarray, bounds: Sequence[tuple[int, int]]) -> np.ndarray:
+def cut(array: np.ndarray, bounds: Sequence[tuple[int | None, int | None]]) -> np.ndarray:
     """The rectangle of `array` within `bounds`, as a view."""
     # The ellipsis keeps an array of no dimensions an array, where numpy would make it a scalar.
     return array[(*(slice(start, stop) for start, stop in bounds), ...)]

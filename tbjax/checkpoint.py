@@ -6,8 +6,8 @@ A checkpoint is a folder that appears under its name only when every process has
     about/        JSON: the `ModelConfig`, and the companions: small text files that travel with the weights unread
                   (a caller's tokenizer, say)
 
-The arrays' names and shapes do not depend on the mesh, so that a checkpoint is restored onto any other one: `restore` takes the
-abstract model of the mesh it is to live on, and reads from the files what those shards need.
+The arrays' names and shapes do not depend on the mesh, so that a checkpoint is restored onto any other one: `restore`
+takes the abstract model of the mesh it is to live on, and reads from the files what those shards need.
 
     save(model, "run/final")
     about = read_about("run/final")
@@ -86,13 +86,17 @@ def read_about(path: str | Path) -> About:
     path = _local(path)
     if not is_checkpoint(path):
         what = "is not a tbjax checkpoint" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {what}: a folder written by tbjax.checkpoint.save (with parameters/ and about/) is needed.")
+        raise ValueError(
+            f"{path} {what}: a folder written by tbjax.checkpoint.save (with parameters/ and about/) is needed."
+        )
     with _checkpointer() as checkpointer:
         about = checkpointer.restore(path, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
         tree = checkpointer.metadata(path).item_metadata.parameters.tree
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else type(about).__name__
-        raise ValueError(f"{path}/about: format {found!r} is not {FORMAT}: it needs the release of tbjax that wrote it.")
+        raise ValueError(
+            f"{path}/about: format {found!r} is not {FORMAT}: it needs the release of tbjax that wrote it."
+        )
     # Orbax keeps the tree of names; each leaf is what it noted of one array.
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     parameters = {
@@ -164,7 +168,7 @@ def _check(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> 
     missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     if missing or unexpected:
         raise ValueError(
-            f"{path} holds another model: it lacks {missing[:3] or 'nothing'} and has {unexpected[:3] or 'nothing'} more. "
+            f"{path} holds another model: missing {missing[:3] or 'nothing'}, unexpected {unexpected[:3] or 'nothing'}. "
             "Restore it into a model made from its own config (read_about(path).config)."
         )
     for name, struct in wanted.items():
@@ -180,7 +184,9 @@ def _config(values: Mapping[str, Any]) -> ModelConfig:
 
     def rope(fields: Mapping[str, Any] | None) -> Rope | None:
         # JSON has lists where Rope has tuples.
-        return None if fields is None else Rope(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        return (
+            None if fields is None else Rope(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        )
 
     return ModelConfig(
         **dict(values)

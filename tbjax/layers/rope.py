@@ -70,5 +70,5 @@ def _yarn(rope: Rope, plain: np.ndarray, rotated: int) -> np.ndarray:
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotated - 1)
-    stretched = np.clip((np.arange(rotated // 2) - low) / max(high - low, 0.001), 0, 1)
+    stretched = np.clip((np.arange(rotated // 2) - low) / ((high - low) or 0.001), 0, 1)
     return plain * (1 - stretched) + plain / rope.factor * stretched

@@ -1,11 +1,11 @@
 """Tiny random models by transformers: every family, and the corners where a translation goes wrong.
 
-All sizes that a mesh may cut are multiples of eight (experts: of four), save for what a case is there to make awkward, so the same
-cases run on every mesh of eight devices.
+All sizes that a mesh may cut are multiples of eight (experts: of four), save for what a case is there to make awkward,
+so the same cases run on every mesh of eight devices.
 
-The weights are chosen for what they reveal. Scores of attention are of order one and positions matter, so that a wrong rope
-or softmax scale moves every logit. The epsilon of the norms is 1e-2 against activations of about one. Norm scales and biases are
-random, so that none can be missed or exchanged unseen.
+The weights are chosen for what they reveal. Scores of attention are of order one and positions matter, so that a wrong
+rope or softmax scale moves every logit. The epsilon of the norms is 1e-2 against activations of about one. Norm scales
+and biases are random, so that none can be missed or exchanged unseen.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 16,  # so more than hidden_size over heads; eight frequencies, enough for each part of a stretched rope
     "max_position_embeddings": 64,
     "rms_norm_eps": EPSILON,
     "bos_token_id": 1,
@@ -75,12 +75,12 @@ FALCON = {
     "eos_token_id": 2,
     "ffn_hidden_size": 96,
 }
-# A head of 16 has eight frequencies, enough for every part of a stretched rope to hold some.
-WIDE = {"num_hidden_layers": 1, "head_dim": 16}
+# Heads that fill the hidden size, as most do.
+NARROW = {"hidden_size": 64, "head_dim": None}
 
 
 def _rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
-    return {**WIDE, "rope_parameters": {"rope_type": rope_type, "rope_theta": 100.0, **parameters}}
+    return {"num_hidden_layers": 1, "rope_parameters": {"rope_type": rope_type, "rope_theta": 100.0, **parameters}}
 
 
 def _longrope(length: int) -> dict[str, list[float]]:
@@ -93,10 +93,10 @@ def _longrope(length: int) -> dict[str, list[float]]:
 CASES = (
     # One plain case a family, the first of its name.
     Case("llama", "llama"),
-    Case("mistral", "mistral", {"sliding_window": 7, "head_dim": None}),
+    Case("mistral", "mistral", {**NARROW, "sliding_window": 7}),
     Case("mixtral", "mixtral", {**MOE, "num_local_experts": 4}),
     Case("falcon", "falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}, "eager"),  # as the 40B
-    Case("qwen2", "qwen2", {"head_dim": None}),
+    Case("qwen2", "qwen2", NARROW),
     Case("qwen3", "qwen3"),
     Case("qwen3_moe", "qwen3_moe", QWEN3_MOE),
     Case(
@@ -110,15 +110,15 @@ CASES = (
         {"sliding_window": 7, "query_pre_attn_scalar": 5, "tie_word_embeddings": True, "num_hidden_layers": 13}
         | {"rope_parameters": {"full_attention": {"rope_theta": 1e3}, "sliding_attention": {"rope_theta": 30.0}}},
     ),
-    Case("phi3", "phi3", {"head_dim": None}),
-    Case("olmo2", "olmo2", {"head_dim": None}),
+    Case("phi3", "phi3", NARROW),
+    Case("olmo2", "olmo2", NARROW),
     # Ends.
     Case("llama-tied", "llama", {"tie_word_embeddings": True}),
     Case("llama-odd-vocabulary", "llama", {"vocab_size": 257}),
     Case("llama-odd-vocabulary-tied", "llama", {"vocab_size": 257, "tie_word_embeddings": True}),
     Case("gemma2-untied-uncapped", "gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": None}),
     # Heads and biases.
-    Case("llama-wide-heads", "llama", {"head_dim": 16}),
+    Case("llama-narrow-heads", "llama", NARROW),
     Case("llama-one-kv-head", "llama", {"num_key_value_heads": 1}),
     Case("llama-all-kv-heads", "llama", {"num_key_value_heads": None}),
     Case("llama-three-kv-heads", "llama", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48}),
@@ -126,9 +126,9 @@ CASES = (
     Case("llama-gelu", "llama", {"hidden_act": "gelu"}),
     Case("qwen3-biases", "qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
     Case("gemma3-biases", "gemma3_text", {"attention_bias": True, "num_hidden_layers": 2, "sliding_window": 7}),
-    Case("olmo2-biases", "olmo2", {"attention_bias": True, "num_key_value_heads": None, "head_dim": None}),
+    Case("olmo2-biases", "olmo2", {**NARROW, "attention_bias": True, "num_key_value_heads": None}),
     # Layers that differ.
-    Case("mistral-full", "mistral", {"sliding_window": None, "head_dim": 16}),
+    Case("mistral-full", "mistral", {"sliding_window": None}),
     Case(
         "qwen2-window-layers",
         "qwen2",
@@ -142,7 +142,7 @@ CASES = (
         | {"sliding_window": 7, "num_experts": 8, "num_experts_per_tok": 3, "attention_bias": True},
     ),
     Case("mixtral-window", "mixtral", {**MOE, "num_local_experts": 8, "sliding_window": 7, "num_hidden_layers": 1}),
-    # Falcon's other layouts. With alibi, transformers' eager attention adds the bias twice, so its sdpa is the reference.
+    # Falcon's other layouts. With alibi, transformers' eager attention adds the bias twice: sdpa is the reference.
     Case("falcon-7b", "falcon", {**FALCON, "multi_query": True}, "eager"),
     Case(
         "falcon-rw",
@@ -258,6 +258,16 @@ def hub_tensors(model: transformers.PreTrainedModel, tensors: Mapping[str, torch
     return dict(revert_weight_conversion(model, dict(tensors)))
 
 
+def tensors(case: Case) -> dict[str, np.ndarray]:
+    """The case's checkpoint: float32 tensors by their names on disk."""
+    model = make(case)
+    return {name: value.numpy() for name, value in hub_tensors(model, _parameters(model)).items()}
+
+
+def _parameters(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
 def batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [3, SEQUENCE] and their mask: one row is full, two are padded on the left."""
     rng = np.random.default_rng(zlib.crc32(case.name.encode()) + 1)
@@ -267,8 +277,10 @@ def batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _padded_eager(module: torch.nn.Module, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-    """The model's own eager attention, which in float64 gives NaN for a row that may attend to nothing, as in left padding:
-    its mask is the least float64, its softmax float32. A mask that float32 can hold is all it needs.
+    """The model's own eager attention, under a mask that float32 can hold.
+
+    As it is, a query that may attend to nothing (left padding) gives NaN in float64: the mask is the least float64, and
+    the softmax float32.
     """
     eager = sys.modules[type(module).__module__].eager_attention_forward
     return eager(module, query, key, value, None if mask is None else mask.clamp(min=-1e30), **options)

@@ -1,4 +1,4 @@
-"""The families of checkpoints: one file each, which says how a Hugging Face config becomes a `ModelConfig` and which of our
+"""The families of checkpoints, a file each: how a Hugging Face config becomes a `ModelConfig`, and which of our
 parameters each tensor is.
 
     family("llama").config(Fields(transformers_config.to_dict()))  ->  ModelConfig

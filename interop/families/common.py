@@ -25,8 +25,8 @@ DTYPES = {name: name for name in ("float32", "bfloat16", "float16", "float64")}
 # Deeper than any decoder: past it the file is damaged, and the list of its layers would fill the memory first.
 MOST_LAYERS = 10_000
 
-# Fields by which other architectures, or forks of these, say that they compute something else. `transformers` passes over a field
-# that the class of the `model_type` does not know, so such a checkpoint would load and be wrong.
+# Fields by which other architectures, or forks of these, say that they compute something else. `transformers` passes
+# over a field that the class of the `model_type` does not know, so such a checkpoint would load and be wrong.
 FOREIGN: Mapping[str, str] = {
     "quantization_config": "its weights are packed; load the checkpoint it was made from, and quantise that",
     "per_layer_config": "all layers must have the same sizes",
@@ -151,12 +151,12 @@ def experts(fields: Fields, count: str, mlp: str, *, normalize_weights: bool) ->
 
 _ROPE_KINDS = {name: name for name in ("default", "linear", "dynamic", "yarn", "llama3", "longrope")}
 
-# Every field that is read for some kind of rope. Those of another kind than the config's are passed over, as in transformers,
-# and so are two that say nothing: the old spelling of `rope_type`, and a note by the authors of yarn.
+# Every field that is read for some kind of rope. Those of another kind than the config's are passed over, as in
+# transformers, and so are two that say nothing: the old spelling of `rope_type`, and a note by the authors of yarn.
 _ROPE_FIELDS = frozenset(
     """
-    rope_type rope_theta partial_rotary_factor factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale
-    mscale_all_dim truncate low_freq_factor high_freq_factor short_factor long_factor type finetuned
+    rope_type rope_theta partial_rotary_factor factor original_max_position_embeddings attention_factor beta_fast
+    beta_slow mscale mscale_all_dim truncate low_freq_factor high_freq_factor short_factor long_factor type finetuned
     """.split()
 )
 
@@ -164,8 +164,8 @@ _ROPE_FIELDS = frozenset(
 def rope(fields: Fields, parameters: Fields, *, partial: bool = False) -> Rope:
     """The rotary positions that `parameters` (a section of `fields`) describe.
 
-    `partial`: the family can rotate a part of each head. In `transformers` the others read that field for some kinds of rope only,
-    and fail on it there.
+    `partial`: the family can rotate a part of each head. In `transformers` the others read that field for some kinds of
+    rope only, and fail on it there.
     """
     unknown = sorted(parameters.names() - _ROPE_FIELDS)
     if unknown:
@@ -302,7 +302,7 @@ def mlp_weights(config: ModelConfig) -> list[Weight]:
 
 
 def expert_weights(block: str, gate: str, up: str, down: str) -> list[Weight]:
-    """A router and its experts under `block`, one matrix [out, in] an expert on their side, all in one [E, in, out] on ours."""
+    """A router and its experts under `block`: matrices [out, in] on their side, one array [E, in, out] on ours."""
     expert = f"{LAYER}{block}.experts.{{expert}}."
     return [
         Weight(f"{LAYER}{block}.gate.weight", "block.mlp.router.weight"),

@@ -6,8 +6,8 @@
 | 40B, 180B (`new_decoder_architecture`) | side by side | one each (`num_ln_in_parallel_attn`: 1 or 2) | groups |
 | RW (`alibi`, `bias`) | one after the other | one each | query, key and value of each head |
 
-The rows of the fused `query_key_value` follow one formula in all three: K groups of G query heads, one key head and one value
-head, each of N rows.
+The rows of the fused `query_key_value` follow one formula in all three: K groups of G query heads, one key head and one
+value head, each of N rows.
 """
 
 from interop.families import common
@@ -40,10 +40,10 @@ def config(fields: Fields) -> ModelConfig:
 
 
 def _kv_heads(fields: Fields, heads: int) -> int:
-    kv_heads = fields.size("num_kv_heads", heads)
+    kv_heads, multi_query = fields.size("num_kv_heads", heads), fields.flag("multi_query", True)
     if fields.flag("new_decoder_architecture", False):
         return kv_heads
-    if fields.flag("multi_query", True):
+    if multi_query:
         return 1
     if kv_heads != heads:
         fields.refuse("num_kv_heads", f"without multi_query and new_decoder_architecture it must be {heads}, one each")

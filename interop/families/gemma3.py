@@ -1,4 +1,4 @@
-"""Gemma 3, text: Gemma 2 with queries and keys normalised in place of the capped softmax, and a rope of its own under windows."""
+"""Gemma 3, text: Gemma 2 with normalised queries and keys, no capped softmax, and another rope under windows."""
 
 from interop.families import common, gemma2
 from interop.families.table import Family, Fields

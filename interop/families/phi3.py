@@ -30,6 +30,5 @@ def weights(config: ModelConfig) -> list[Weight]:
     ]
 
 
-# transformers copies `original_max_position_embeddings` into `rope_parameters`, where it is read. `partial_rotary_factor` and
-# `embd_pdrop` likewise stand for what is elsewhere, or for dropout.
+# transformers copies both into `rope_parameters`, where they are read.
 PHI3 = Family("phi3", config, weights, inert=("original_max_position_embeddings", "partial_rotary_factor"))

@@ -31,7 +31,8 @@ def _layers(fields: Fields) -> tuple[LayerKind, ...]:
     """Every `decoder_sparse_step`-th layer is sparse, save those in `mlp_only_layers`."""
     step = fields.size("decoder_sparse_step")
     dense = fields.sequence("mlp_only_layers")
-    layers = common.layers(fields, common.window(fields) if fields.flag("use_sliding_window") else None)
+    window = common.window(fields)
+    layers = common.layers(fields, window if fields.flag("use_sliding_window") else None)
     return tuple(
         kind._replace(sparse=layer not in dense and (layer + 1) % step == 0) for layer, kind in enumerate(layers)
     )

@@ -1,8 +1,8 @@
 """What a family file is made of: a weight table, and a config reader that never guesses.
 
 A family is a translation. Its table says, for each tensor of a Hugging Face checkpoint, which of our parameters it is.
-Our linear weights are kept as the checkpoint has them, `[out, in]`, so most rows are a change of name. A row may also take
-a part of the source's rows (fused projections) and swap its two dimensions (experts). Nothing else is allowed:
+Our linear weights are kept as the checkpoint has them, `[out, in]`, so most rows are a change of name. A row may also
+take a part of the source's rows (fused projections) and swap its two dimensions (experts). Nothing else is allowed:
 that keeps each row readable backwards, and lets the loader fill any shard by copying rectangles.
 
     Weight("model.layers.{layer}.self_attn.q_proj.weight", "block.attention.query.weight")
@@ -47,13 +47,14 @@ class Family:
     inert: tuple[str, ...] = ()
 
 
-# Config fields, common to all families, that do not change what the network computes in inference or in dropout-free training.
+# Config fields, common to all families, that do not change what the network computes in inference or in training
+# without dropout (and a router's jitter, which is dropout by another name).
 INERT = frozenset(
     """
-    _name_or_path architectures auto_map bos_token_id chunk_size_feed_forward eos_token_id pad_token_id sep_token_id
-    id2label label2id initializer_range model_type num_labels output_attentions output_hidden_states problem_type return_dict
-    torch_dtype transformers_version use_cache attention_dropout hidden_dropout resid_pdrop embd_pdrop decoder_start_token_id
-    router_jitter_noise output_router_logits keys_to_ignore_at_inference cache_implementation
+    _name_or_path architectures attention_dropout auto_map bos_token_id cache_implementation chunk_size_feed_forward
+    decoder_start_token_id embd_pdrop eos_token_id hidden_dropout id2label initializer_range keys_to_ignore_at_inference
+    label2id model_type num_labels output_attentions output_hidden_states output_router_logits pad_token_id problem_type
+    resid_pdrop return_dict router_jitter_noise sep_token_id torch_dtype transformers_version use_cache
     """.split()
 )
 

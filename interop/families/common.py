@@ -48,6 +48,7 @@ FOREIGN: Mapping[str, str] = {
     "num_shared_experts": "shared experts are not done",
     "shared_expert_intermediate_size": "shared experts are not done",
     "n_group": "routing by groups of experts is not done",
+    "lm_head_bias": "the head has no bias",
     "logit_scale": "scaled logits are not done",
     "logits_scaling": "scaled logits are not done",
     "residual_multiplier": "scaled residuals are not done",
@@ -143,6 +144,7 @@ def experts(fields: Fields, count: str, mlp: str, *, normalize_weights: bool) ->
         experts_per_token=chosen,
         mlp=fields.size(mlp),
         normalize_weights=normalize_weights,
+        # transformers adds this loss only under `output_router_logits`; here that is for the training step to say.
         auxiliary_loss_weight=fields.number("router_aux_loss_coef", 0.0, least=0),
     )
 

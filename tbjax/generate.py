@@ -1,8 +1,8 @@
 """Greedy generation: one program reads the prompt, another writes tokens, both on the device.
 
-Prompts of different lengths are padded on the left, so that every row ends in the same slot; padding is masked, so a row's
-tokens do not depend on its neighbours. Lengths are rounded up to buckets, so that a new length seldom compiles anew. The decode
-loop runs on the device until every row has ended: one dispatch for all tokens.
+Prompts of different lengths are padded on the left, so that every row ends in the same slot; padding is masked, so a
+row's tokens do not depend on its neighbours. Lengths are rounded up to buckets, so that a new length seldom compiles
+anew. The decode loop runs on the device until every row has ended: one dispatch for all tokens.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ def generate(
 
 
 @partial(jax.jit, static_argnames="capacity")
-def _prefill(model: Decoder, tokens: jax.Array, mask: jax.Array, capacity: int) -> tuple[jax.Array, KVCache]:
+def _prefill(model: Decoder, tokens: jax.Array, mask: jax.Array, capacity: int) -> tuple[jax.Array, KVCache | None]:
     cache = make_cache(model.config, model.sharding, tokens.shape[0], capacity, model.dtype)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     hidden = model.hidden(tokens, mask, positions, cache)

@@ -11,15 +11,15 @@ domain. One size may be -1: it takes what the others leave. A size that the user
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-AXES = ("pp", "dp", "fsdp", "ep", "cp", "tp")
+AXES: tuple[str, ...] = ("pp", "dp", "fsdp", "ep", "cp", "tp")
 
-MeshSpec = Mesh | Mapping[str, int] | Sequence[int] | Literal["auto"] | None
+MeshSpec: TypeAlias = Mesh | Mapping[str, int] | Sequence[int] | Literal["auto"] | None
 
 
 def axis_sizes(spec: MeshSpec, device_count: int) -> dict[str, int]:
@@ -38,13 +38,14 @@ def axis_sizes(spec: MeshSpec, device_count: int) -> dict[str, int]:
         sizes[filled[0]] = device_count // fixed
     elif filled or fixed != device_count:
         raise ValueError(
-            f"mesh {spell(sizes)} needs {'a multiple of ' if filled else ''}{fixed} devices, but there are {device_count}. "
+            f"mesh {spell(sizes)} needs {'a multiple of ' if filled else ''}{fixed} devices, "
+            f"but there are {device_count}. "
             f"A mesh that would do: {spell(_nearest(sizes, device_count))}."
         )
     return sizes
 
 
-def make_mesh(spec: MeshSpec = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(spec: MeshSpec = None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (default: all of them), validated against their number."""
     if isinstance(spec, Mesh):
         unknown = [axis for axis in spec.axis_names if axis not in AXES]
@@ -91,5 +92,3 @@ def spell(sizes: Mapping[str, int]) -> str:
     if all(sizes.get(axis, 1) == 1 for axis in ("pp", "ep", "cp")):
         return f"({sizes.get('dp', 1)}, {sizes.get('fsdp', 1)}, {sizes.get('tp', 1)})"
     return repr({axis: size for axis, size in sizes.items() if size != 1})
-
-

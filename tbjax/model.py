@@ -1,13 +1,14 @@
 """One decoder for every family: embed, scan over blocks, norm, head.
 
-Layers that repeat the same pattern of kinds are stacked, one array for all, and the decoder scans over the stack, so that
-neither the program nor its compile time grows with depth. `scan=False` runs the same weights as a Python loop. Paths of
-parameters read `stacks.<group>.<position in pattern>.attention.query.weight`, with the layers in front of the shape.
+Layers that repeat the same pattern of kinds are stacked, one array for all, and the decoder scans over the stack, so
+that neither the program nor its compile time grows with depth. `scan=False` runs the same weights as a Python loop.
+Paths of parameters read `stacks.<group>.<position in pattern>.attention.query.weight`, with the layers in front of the
+shape.
 
 A `Decoder` is a plain pytree: `jax.jit`, `jax.grad` and `jax.tree.map` take it as it is.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,9 @@ class Decoder(nnx.Module):
             for position, kind in enumerate(group.pattern):
                 layers = group.first + position + len(group.pattern) * jnp.arange(group.repeats)
                 layer_keys = jax.vmap(jax.random.fold_in, (None, 0))(keys[1], layers)
-                stack.append(jax.vmap(lambda k, kind=kind: Block(config, kind, self.sharding, key=k, **made))(layer_keys))
+                stack.append(
+                    jax.vmap(lambda k, kind=kind: Block(config, kind, self.sharding, key=k, **made))(layer_keys)
+                )
             self.stacks.append(stack)
         self.final_norm = make_norm(config, self.sharding, dtype, keys[2])
         head = (config.vocab_size, config.embed, self.sharding)
@@ -115,7 +118,7 @@ class Decoder(nnx.Module):
 
     @property
     def mesh(self) -> Mesh:
-        return self.sharding.mesh
+        return cast(Mesh, self.sharding.mesh)
 
     @property
     def dtype(self) -> Any:
@@ -126,7 +129,8 @@ class Decoder(nnx.Module):
     ) -> jax.Array:
         """Logits [B, S, V] of the next token after each of `tokens` [B, S].
 
-        `attention_mask` [B, S] marks real tokens with 1 (padding may stand left or right); `positions` default to 0, 1, 2...
+        `attention_mask` [B, S] marks real tokens with 1 (padding may stand left or right); `positions` default to
+        0, 1, 2..., as in transformers.
         """
         return self.forward(tokens, attention_mask, positions).logits
 
@@ -217,15 +221,13 @@ def auxiliary_loss(loads: list[RouterLoad]) -> jax.Array | None:
     """The load-balancing loss of Switch Transformer, over the tokens of all layers together, as transformers has it."""
     if not loads:
         return None
-    assignments, probabilities = (sum(jnp.sum(load[i], axis=0) for load in loads) for i in range(2))
-    rows = sum(jnp.sum(load.tokens) for load in loads)
-    return assignments.shape[0] * jnp.sum(assignments * probabilities) / jnp.square(rows)
+    total = jax.tree.map(lambda *parts: sum(jnp.sum(part, axis=0) for part in parts), *loads)
+    experts = total.assignments.shape[0]
+    return experts * jnp.sum(total.assignments * total.probabilities) / jnp.square(total.tokens)
 
 
 def make_norm(config: ModelConfig, sharding: Sharding, dtype: Any, key: Any) -> RMSNorm | LayerNorm:
     """The normalisation that the architecture uses."""
     if config.norm == "layer":
         return LayerNorm(config.embed, sharding, epsilon=config.norm_epsilon, dtype=dtype, key=key)
-    return RMSNorm(
-        config.embed, sharding, epsilon=config.norm_epsilon, offset=config.norm_offset, dtype=dtype, key=key
-    )
+    return RMSNorm(config.embed, sharding, epsilon=config.norm_epsilon, offset=config.norm_offset, dtype=dtype, key=key)

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 from flax import nnx
+from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from tbjax.sharding import Dims, leaves
@@ -52,16 +54,15 @@ def placements(model: nnx.Module) -> Iterator[Placement]:
 def table(model: nnx.Module, title: str | None = None) -> Table:
     """A table for the terminal, with the sums in its last line."""
     rows = list(placements(model))
-    result = Table(title=title, title_justify="left", show_footer=True, header_style="bold", footer_style="bold")
-    result.add_column("parameter", f"{len(rows)} parameters", overflow="fold")
-    result.add_column("shape", justify="right")
-    result.add_column("dtype")
-    result.add_column("dimensions / mesh axes that cut them", overflow="fold")
-    result.add_column("bytes", readable(sum(row.nbytes for row in rows)), justify="right")
-    result.add_column("per device", readable(sum(row.nbytes_per_device for row in rows)), justify="right")
+    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_footer=True)
+    result.add_column("parameter", f"{len(rows)} parameters", no_wrap=True)
+    result.add_column("shape", overflow="fold")
+    result.add_column("dimensions/axes that cut them", overflow="fold")
+    result.add_column("bytes", readable(sum(row.nbytes for row in rows)), justify="right", no_wrap=True)
+    result.add_column("a device", readable(sum(row.nbytes_per_device for row in rows)), justify="right", no_wrap=True)
     for row in rows:
-        shape = " x ".join(map(str, row.shape))
-        result.add_row(row.path, shape, row.dtype, row.layout, readable(row.nbytes), readable(row.nbytes_per_device))
+        shape = escape(f"{row.dtype}[{','.join(map(str, row.shape))}]")  # as JAX writes it
+        result.add_row(row.path, shape, row.layout, readable(row.nbytes), readable(row.nbytes_per_device))
     return result
 
 

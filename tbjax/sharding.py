@@ -1,11 +1,12 @@
 """From what a dimension means to where it lies: the one place that knows mesh axes.
 
 Layers name the dimensions of their parameters and activations (`embed`, `heads`, `batch`, ...). Two small tables say
-which mesh axes may cut each, and one function turns names into a `PartitionSpec`. Parameters must be cut as asked or the request
-raises; activations are cut as far as their size allows (a batch of one cannot be split, and is computed everywhere).
+which mesh axes may cut each, and one function turns names into a `PartitionSpec`. Parameters must be cut as asked or
+the request raises; activations are cut as far as their size allows (a batch of one is computed everywhere).
 
 Under FSDP a parameter lies cut over `fsdp` and is gathered where it is used: `use` says so to the compiler, which turns
-it into an all-gather forwards and a reduce-scatter of the gradient backwards.
+it into an all-gather forwards and a reduce-scatter of the gradient backwards. A few tokens, as in decoding, are smaller
+than the weights that they meet: `project` then leaves the weights where they lie and moves the tokens.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -41,6 +43,13 @@ ACTIVATION_AXES: Mapping[str, tuple[str, ...]] = {
     "vocab": ("tp",),
     "experts": ("ep",),
 }
+
+# Where weights stay cut over the data axes, a token's features are cut by them too, and the batch is not.
+STATIONARY_AXES: Mapping[str, tuple[str, ...]] = {**ACTIVATION_AXES, "batch": ("dp",), "embed": ("fsdp", "ep")}
+
+# Weights stay where they lie if moving the tokens in and out moves at most this share of what gathering them would: far
+# enough from level that training always gathers, and a step of decoding does not.
+STATIONARY_SHARE = 1 / 8
 
 # The axes that FSDP and its lesser forms act on.
 DATA_AXES = ("fsdp", "ep")
@@ -79,11 +88,13 @@ def is_variable(node: Any) -> bool:
 
 
 def leaves(module: Any) -> Iterator[Leaf]:
-    """The parameters of a module in tree order. A parameter in a stack has one dimension more than it names: the layers."""
+    """The parameters of a module in tree order. In a stack they have one dimension more than they name: the layers."""
     for path, variable in jax.tree_util.tree_flatten_with_path(module, is_leaf=is_variable)[0]:
         dims = tuple(variable.dims)
         stacked = len(variable.shape) > len(dims)
-        yield Leaf(jax.tree_util.keystr(path, simple=True, separator="."), ("layers", *dims) if stacked else dims, variable)
+        yield Leaf(
+            jax.tree_util.keystr(path, simple=True, separator="."), ("layers", *dims) if stacked else dims, variable
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +144,27 @@ class Sharding:
             return value
         return self._constrain(value, self._spec(tuple(variable.dims), dict(PARAMETER_AXES) | {"embed": ()}))
 
+    def project(self, x: jax.Array, weight: nnx.Variable) -> jax.Array:
+        """x Wᵀ for a weight [out, in] and x [..., in], moving whichever of the two is smaller."""
+        rows, (features_out, features_in) = math.prod(x.shape[:-1]), weight.shape
+        if rows * (features_in + features_out) > STATIONARY_SHARE * features_in * features_out:
+            return _matmul(x, self.use(weight, x.dtype))
+        leading = leading_dims(x)
+        x = self._constrain(x, self.activation((*leading, weight.dims[1]), x.shape, STATIONARY_AXES))
+        y = _matmul(x, weight[...].astype(x.dtype))
+        return self._constrain(y, self.activation((*leading, weight.dims[0]), y.shape, STATIONARY_AXES))
+
+    def lookup(self, tokens: jax.Array, table: nnx.Variable) -> jax.Array:
+        """The rows of a table [V, D], moving whichever is smaller, them or the table."""
+        if tokens.size > STATIONARY_SHARE * table.shape[0]:
+            return jnp.take(self.use(table), tokens, axis=0, mode="clip")
+        found = jnp.take(table[...], tokens, axis=0, mode="clip")
+        return self._constrain(
+            found, self.activation((*leading_dims(found), table.dims[1]), found.shape, STATIONARY_AXES)
+        )
+
     def place(self, module: Module) -> Module:
-        """An abstract module with a sharding on every leaf. Raises, with a mesh that would do, where this one cannot."""
+        """An abstract module with shardings on its leaves. Raises, with a mesh that would do, where this one cannot."""
         shardings = {}
         for path, dims, variable in leaves(module):
             try:
@@ -147,7 +177,9 @@ class Sharding:
 
     def uncut(self, module: Any) -> dict[str, tuple[str, ...]]:
         """The notable tensors that a sharding axis (fsdp, tp) does not cut, with those axes."""
-        sharding_axes = [a for a in ("fsdp", "tp") if self.size(a) > 1 and (a != "fsdp" or self.strategy.cuts_parameters)]
+        sharding_axes = [
+            a for a in ("fsdp", "tp") if self.size(a) > 1 and (a != "fsdp" or self.strategy.cuts_parameters)
+        ]
         found = list(leaves(module))
         total = sum(math.prod(variable.shape) for _, _, variable in found)
         result = {}
@@ -161,9 +193,11 @@ class Sharding:
 
     # Activations.
 
-    def activation(self, dims: Dims, shape: tuple[int, ...]) -> PartitionSpec:
+    def activation(
+        self, dims: Dims, shape: tuple[int, ...], axes: Mapping[str, tuple[str, ...]] = ACTIVATION_AXES
+    ) -> PartitionSpec:
         """How an activation is cut: as far as its sizes allow."""
-        spec = self._spec(dims, ACTIVATION_AXES)
+        spec = self._spec(dims, axes)
         return PartitionSpec(*(self._fitting(entry, size) for entry, size in zip(spec, shape, strict=True)))
 
     def constrain(self, value: jax.Array, *dims: str | None) -> jax.Array:
@@ -194,7 +228,9 @@ class Sharding:
         for dim in dims:
             for axis in axes.get(dim or "", ())[:1]:
                 if axis in held:
-                    raise ValueError(f"dimensions {held[axis]!r} and {dim!r} of one tensor {dims} both claim mesh axis {axis!r}.")
+                    raise ValueError(
+                        f"dimensions {held[axis]!r} and {dim!r} of one tensor {dims} both claim mesh axis {axis!r}."
+                    )
                 held[axis] = dim or ""
         entries = []
         for dim in dims:
@@ -240,6 +276,15 @@ class Sharding:
         except ValueError:
             return False
         return True
+
+
+def leading_dims(x: jax.Array) -> Dims:
+    """What the dimensions of x before its features are: batch, then sequence."""
+    return ("batch", "sequence", *[None] * x.ndim)[: x.ndim - 1]
+
+
+def _matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.einsum("...i,oi->...o", x, weight)
 
 
 def _axes(entry: Any) -> tuple[str, ...]:

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 import typer
 from rich.console import Console
 
-# What a user can cause: a wrong argument, a damaged or missing file, a package that is not installed, a device that runs
-# out of memory. Anything else is a mistake of ours, and keeps its traceback.
+# What a user can cause: a wrong argument, a damaged or missing file, a package that is not installed, a device whose
+# memory is full. Anything else is a mistake of ours, and keeps its traceback.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 FAILED = 1  # the exit code of work that could not be done; 0 is success, 2 a command line that cannot be understood
@@ -51,8 +51,8 @@ def parse_mesh(text: str | None) -> tuple[int, ...] | dict[str, int] | None:
 def provide_cpu_devices(mesh: Sequence[int] | dict[str, int] | None) -> None:
     """Let the CPU stand in for as many devices as `mesh` has.
 
-    Does nothing where JAX has been imported or told already, and changes nothing on a machine with accelerators: they go
-    before the CPU.
+    Does nothing where JAX has been imported or told already, and changes nothing on a machine with accelerators: JAX
+    prefers them to the CPU.
     """
     sizes = list(mesh.values() if isinstance(mesh, dict) else mesh or ())
     told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")

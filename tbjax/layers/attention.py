@@ -1,9 +1,10 @@
 """Grouped-query attention, cut over tp by whole heads whatever their number.
 
-Queries are grouped by the key-value head they read: q [B, S, K, G, N] against k, v [B, T, K, N]. To give each tp device whole
-heads, a `HeadLayout` repeats key-value heads (8 heads on tp=16: each twice, with half of its queries) or pads them (3
-heads on tp=2: one of zeros), whichever costs less; where tp divides the heads, as is usual, it does nothing. The weights keep the
-checkpoint's heads either way: repeating and padding happen to activations, so export never sees them.
+Queries are grouped by the key-value head they read: q [B, S, K, G, N] against k, v [B, T, K, N]. To give each tp device
+whole heads, a `HeadLayout` repeats key-value heads (8 heads on tp=16: each twice, with half of its queries) or pads
+them (3 heads on tp=2: one of zeros), whichever costs less; where tp divides the heads, as is usual, it does nothing.
+The weights keep the checkpoint's heads either way: repeating and padding happen to activations, so export never sees
+them.
 
 B batch, S queries, T keys, K key-value heads, G queries per key-value head, N head dimension.
 """
@@ -114,23 +115,25 @@ class Attention(nnx.Module):
         """The attention's output for x [B, S, D], and the layer's cache with x's keys and values written in."""
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.config.qk_norm == "full":
-            query, key = self.query_norm(query), self.key_norm(key)
+            query, key = self._norm(query, key)
         query, key, value = (a.reshape(*a.shape[:2], -1, self.config.head_dim) for a in (query, key, value))
         if self.config.qk_norm == "head":
-            query, key = self.query_norm(query), self.key_norm(key)
+            query, key = self._norm(query, key)
         if angles is not None:
             query, key = rotate(query, *angles), rotate(key, *angles)
         query = self._over_heads(self.layout.spread_queries(query))
         key, value = (self._over_heads(self.layout.spread_keys(a)) for a in (key, value))
         if cache is not None:
             first = keys.query_slots[0]
-            key, value = cache = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), first, axis=1)
-                for old, new in zip(cache, (key, value), strict=True)
-            )
+            key, value = cache = (_write(cache[0], key, first), _write(cache[1], value, first))
         out = self._attend(query, key, value, keys)
         out = self.layout.collect(self._over_heads(out))
         return self.output(out.reshape(*out.shape[:2], -1)), cache
+
+    def _norm(self, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if self.query_norm is None or self.key_norm is None:
+            return query, key
+        return self.query_norm(query), self.key_norm(key)
 
     def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, keys: Keys) -> jax.Array:
         config = self.config
@@ -167,6 +170,10 @@ def alibi_slopes(heads: int) -> list[float]:
     whole = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * i / whole) for i in range(1, whole + 1)]
     return slopes + [2 ** (-4 * i / whole) for i in range(1, 2 * (heads - whole) + 1, 2)]
+
+
+def _write(cache: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), first, axis=1)
 
 
 def _pad(a: jax.Array, axis: int, amount: int) -> jax.Array:

@@ -1,7 +1,7 @@
 """Token embeddings cut over tp, by vocabulary or by embedding.
 
-A vocabulary that does not divide is padded with rows of zeros, inside and nowhere visible: the padded rows are never looked
-up, never exported, and `logits` drops their scores.
+A vocabulary that does not divide is padded with rows of zeros, inside and nowhere visible: the padded rows are never
+looked up, never exported, and `logits` drops their scores.
 """
 
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tbjax.config import VOCAB_MULTIPLE
-from tbjax.layers.linear import as_sharding, matmul, parameter
+from tbjax.layers.linear import as_sharding, parameter
 from tbjax.sharding import Sharding
 
 
@@ -49,11 +49,10 @@ class TensorParallelEmbedding(nnx.Module):
             self.weight[...] = jnp.where(jnp.arange(rows)[:, None] < num_embeddings, value, jnp.zeros_like(value))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        table = self.sharding.use(self.weight)
-        return self.sharding.residual(jnp.take(table, tokens, axis=0, mode="clip"))
+        return self.sharding.residual(self.sharding.lookup(tokens, self.weight))
 
     def logits(self, x: jax.Array) -> jax.Array:
         """The score of every token: x against each row."""
-        scores = matmul(x, self.sharding.use(self.weight, x.dtype))
+        scores = self.sharding.project(x, self.weight)
         scores = self.sharding.constrain(scores, "batch", "sequence", "vocab" if self.split == "vocab" else None)
         return scores[..., : self.num_embeddings]

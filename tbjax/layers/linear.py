@@ -1,18 +1,19 @@
 """Linear layers cut over tp: by columns (the output features) or by rows (the input features).
 
-Weights are kept `[out, in]`, as PyTorch keeps them: a checkpoint's bytes are then ours, and loading is a copy. The layers
-compute on global arrays: what `gather_output` and `input_is_parallel` choose is where the result and the input lie, never
-their values, so that a column layer followed by a row layer costs one reduction.
+Weights are kept `[out, in]`, as PyTorch keeps them: a checkpoint's bytes are then ours, and loading is a copy. The
+layers compute on global arrays: what `gather_output` and `input_is_parallel` choose is where the result and the input
+lie, never their values. A column layer followed by a row layer costs one reduction.
 """
 
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from tbjax.sharding import Dims, Sharding
+from tbjax.sharding import Dims, Sharding, leading_dims
 
 # The standard deviation that GPT-2 chose for its weights and most families kept.
 INITIAL_STD = 0.02
@@ -27,7 +28,9 @@ def as_sharding(mesh: "Mesh | Sharding | None") -> Sharding:
     return Sharding(make_mesh((1, 1, 1), jax.devices()[:1]) if mesh is None else make_mesh(mesh))
 
 
-def parameter(key: Any, shape: tuple[int, ...], dims: Dims, dtype: Any, sharding: Sharding, *, fill: float | None = None):
+def parameter(
+    key: Any, shape: tuple[int, ...], dims: Dims, dtype: Any, sharding: Sharding, *, fill: float | None = None
+):
     """A parameter, born where it lies: normal with `INITIAL_STD`, or filled with a constant."""
 
     def make(key: jax.Array) -> jax.Array:
@@ -67,10 +70,10 @@ class ColumnParallelLinear(nnx.Module):
         self.bias = parameter(key, (out_features,), (features,), dtype, self.sharding, fill=0.0) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = matmul(x, self.sharding.use(self.weight, x.dtype))
+        y = self.sharding.project(x, self.weight)
         if self.bias is not None:
             y = y + self.sharding.use(self.bias, x.dtype)
-        return self.sharding.constrain(y, *_leading(y), None if self.gather_output else self.features)
+        return self.sharding.constrain(y, *leading_dims(y), None if self.gather_output else self.features)
 
 
 class RowParallelLinear(nnx.Module):
@@ -100,18 +103,8 @@ class RowParallelLinear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.input_is_parallel:
-            x = self.sharding.constrain(x, *_leading(x), self.features)
-        y = matmul(x, self.sharding.use(self.weight, x.dtype))
+            x = self.sharding.constrain(x, *leading_dims(x), self.features)
+        y = self.sharding.project(x, self.weight)
         if self.bias is not None:
             y = y + self.sharding.use(self.bias, x.dtype)
-        return self.sharding.residual(y) if y.ndim == 3 else self.sharding.constrain(y, *_leading(y), None)
-
-
-def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x Wᵀ over the last dimension of both."""
-    return jnp.einsum("...i,oi->...o", x, weight)
-
-
-def _leading(x: jax.Array) -> tuple[str | None, ...]:
-    """What the dimensions before the features are: batch, then sequence."""
-    return ("batch", "sequence", *[None] * x.ndim)[: x.ndim - 1]
+        return self.sharding.residual(y) if y.ndim == 3 else self.sharding.constrain(y, *leading_dims(y), None)

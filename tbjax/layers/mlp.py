@@ -26,10 +26,20 @@ class MLP(nnx.Module):
         keys = jax.random.split(key, 3)
         column = {"gather_output": False, "use_bias": config.mlp_bias, "dtype": dtype}
         self.up = ColumnParallelLinear(config.embed, config.mlp, sharding, key=keys[0], **column)
-        gate = ColumnParallelLinear(config.embed, config.mlp, sharding, key=keys[1], **column) if config.gated_mlp else None
+        gate = (
+            ColumnParallelLinear(config.embed, config.mlp, sharding, key=keys[1], **column)
+            if config.gated_mlp
+            else None
+        )
         self.gate = gate
         self.down = RowParallelLinear(
-            config.mlp, config.embed, sharding, use_bias=config.mlp_bias, input_is_parallel=True, dtype=dtype, key=keys[2]
+            config.mlp,
+            config.embed,
+            sharding,
+            use_bias=config.mlp_bias,
+            input_is_parallel=True,
+            dtype=dtype,
+            key=keys[2],
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:

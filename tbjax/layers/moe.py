@@ -1,8 +1,9 @@
 """A mixture of experts without dropped tokens: route, sort by expert, one ragged matmul, unsort.
 
-The router is ordinary array code. The experts run per device (`shard_map`), since a sort of tokens must stay local: over `ep` each
-device holds some of the experts, gathers the tokens of its ep peers, computes the part that its experts contribute, and
-scatters the sums back. Over tp each expert's features are cut as in a dense MLP; both reductions come last, together.
+The router is ordinary array code. The experts run per device (`shard_map`), since a sort of tokens must stay local:
+over `ep` each device holds some of the experts, gathers the tokens of its ep peers, computes the part that its experts
+contribute, and scatters the sums back. Over tp each expert's features are cut as in a dense MLP; both reductions come
+last, together.
 
 T tokens on a device, E experts, k experts per token, D embed, F width of an expert.
 """
@@ -15,7 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from tbjax.config import ModelConfig
-from tbjax.layers.linear import matmul, parameter
+from tbjax.layers.linear import parameter
 from tbjax.layers.mlp import ACTIVATIONS
 from tbjax.sharding import Sharding
 
@@ -32,13 +33,13 @@ class Router(nnx.Module):
     """A softmax over all experts, then the best k of them."""
 
     def __init__(self, config: ModelConfig, sharding: Sharding, *, dtype: Any, key: Any) -> None:
-        self.moe = config.moe
+        self.moe = config.experts
         self.sharding = sharding
-        self.weight = parameter(key, (config.moe.experts, config.embed), (None, "embed"), dtype, sharding)
+        self.weight = parameter(key, (self.moe.experts, config.embed), (None, "embed"), dtype, sharding)
 
     def __call__(self, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array, RouterLoad]:
         """Weights and experts of each token, [B, S, k] both, and the load that they make."""
-        scores = matmul(x, self.sharding.use(self.weight, x.dtype)).astype(jnp.float32)
+        scores = self.sharding.project(x, self.weight).astype(jnp.float32)
         probabilities = jax.nn.softmax(self.sharding.constrain(scores, "batch", "sequence", None), axis=-1)
         weights, experts = jax.lax.top_k(probabilities, self.moe.experts_per_token)
         if self.moe.normalize_weights:
@@ -52,12 +53,12 @@ class Router(nnx.Module):
 
 
 class MixtureOfExperts(nnx.Module):
-    """Each token's chosen experts, weighted and summed. Expert weights lie [E, in, out], as ragged matmuls take them."""
+    """Each token's chosen experts, weighted and summed. Their weights lie [E, in, out], as ragged matmuls take them."""
 
     def __init__(self, config: ModelConfig, sharding: Sharding, *, dtype: Any, key: Any) -> None:
         self.sharding = sharding
         self.activation = config.activation
-        e, d, f = config.moe.experts, config.embed, config.moe.mlp
+        e, d, f = config.experts.experts, config.embed, config.experts.mlp
         keys = jax.random.split(key, 4)
         inwards, outwards = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
         self.router = Router(config, sharding, dtype=dtype, key=keys[0])

@@ -13,7 +13,9 @@ from tbjax.sharding import Sharding
 class RMSNorm(nnx.Module):
     """x over its root mean square, times (weight + offset)."""
 
-    def __init__(self, features: int, sharding: Sharding, *, epsilon: float, offset: float = 0.0, dtype: Any, key: Any) -> None:
+    def __init__(
+        self, features: int, sharding: Sharding, *, epsilon: float, offset: float = 0.0, dtype: Any, key: Any
+    ) -> None:
         self.epsilon = epsilon
         self.offset = offset
         self.weight = parameter(key, (features,), (None,), dtype, sharding, fill=1.0 - offset)

@@ -1,8 +1,8 @@
 """Rotary positions: a table of angles per position, and the turn of each pair of features by its angle.
 
-Feature i of the rotated part is paired with feature i + half, the layout of all Hugging Face decoders. Angles, cosines and
-sines are float32 whatever the precision of the model. Two kinds depend on how long the sequence is (`dynamic` stretches
-its base, `longrope` changes its factors); the length is the largest position asked for, as in transformers.
+Feature i of the rotated part is paired with feature i + half, the layout of all Hugging Face decoders. Angles, cosines
+and sines are float32 whatever the precision of the model. Two kinds depend on how long the sequence is (`dynamic`
+stretches its base, `longrope` changes its factors); the length is the largest position asked for, as in transformers.
 """
 
 import math
@@ -61,7 +61,7 @@ def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: Rope, plain: np.ndarray, rotated: int) -> np.ndarray:
-    """Pairs that turn more than `beta_fast` times within the trained length are kept, fewer than `beta_slow` stretched."""
+    """Pairs that turn over `beta_fast` times within the trained length are kept, under `beta_slow` times stretched."""
 
     def pair_turning(times: float) -> float:
         return rotated * math.log(rope.original_positions / (times * 2 * math.pi)) / (2 * math.log(rope.theta))

@@ -1,0 +1,56 @@
+"""The command line: `tbjax convert`, `tbjax generate`.
+
+Commands import what they need when they run, so that `--help` answers at once.
+"""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from interop.convert import Dtype, convert
+from tbjax.terminal import parse_mesh, provide_cpu_devices, readable_errors
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Any Hugging Face decoder, sharded over any mesh of NVIDIA GPUs or TPUs.",
+)
+app.command()(convert)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, or .gguf file.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue; with --chat, the message to answer.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    mesh: Annotated[
+        str, typer.Option(help="dp,fsdp,tp (as 1,4,2) or axes by name (as ep=4,tp=2); auto: all devices on fsdp.")
+    ] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
+    dtype: Annotated[Dtype | None, typer.Option(help="Convert the weights; else they stay as they are.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Read PyTorch's .bin. No code in it is run.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Continue a text, greedily."""
+    shape = parse_mesh(mesh)
+    with readable_errors(debug=debug):
+        provide_cpu_devices(shape)
+        import tbjax
+
+        loaded = tbjax.load(model, shape, dtype=dtype, revision=revision, trust_pickle=trust_pickle)
+        asked = [{"role": "user", "content": prompt}] if chat else prompt
+        answer = loaded.generate(asked, max_new_tokens=max_new_tokens)
+        Console(highlight=False, markup=False, soft_wrap=True).print(answer)
+
+
+def main() -> None:
+    app(prog_name="tbjax")
+
+
+if __name__ == "__main__":
+    main()

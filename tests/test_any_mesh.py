@@ -65,7 +65,10 @@ def test_sequence_parallelism_and_unrolling_change_nothing(case):
     for settings, scan in (({"sequence_parallel": True}, True), ({}, False)):
         sharding = Sharding(make_mesh((2, 2, 2)), **settings)
         abstract = sharding.place(jax.eval_shape(lambda s=sharding, scan=scan: Decoder(config, s, scan=scan)))
-        values = [jax.device_put(v, leaf.sharding) for v, leaf in zip(parameters(case), jax.tree.leaves(abstract), strict=True)]
+        values = [
+            jax.device_put(v, leaf.sharding)
+            for v, leaf in zip(parameters(case), jax.tree.leaves(abstract), strict=True)
+        ]
         logits, gradients = evaluate(jax.tree.unflatten(jax.tree.structure(abstract), values), tokens(case))
         assert distance(logits, reference) <= 1e-5
         for gradient, wanted in zip(jax.tree.leaves(gradients), reference_gradients, strict=True):

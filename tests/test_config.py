@@ -10,7 +10,15 @@ from tbjax.config import LayerKind, ModelConfig, MoE
 
 FULL, WINDOW, SPARSE = LayerKind(), LayerKind(window=8), LayerKind(sparse=True)
 BASE = ModelConfig(
-    family="llama", vocab_size=100, embed=8, mlp=8, heads=4, kv_heads=2, head_dim=4, layer_kinds=(FULL,), max_positions=8
+    family="llama",
+    vocab_size=100,
+    embed=8,
+    mlp=8,
+    heads=4,
+    kv_heads=2,
+    head_dim=4,
+    layer_kinds=(FULL,),
+    max_positions=8,
 )
 
 

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tbjax.layers import ColumnParallelLinear, RowParallelLinear, TensorParallelEmbedding
 from tbjax.layers.attention import HeadLayout
+from tbjax.mesh import make_mesh
+from tbjax.sharding import Sharding
 
 X = jax.random.normal(jax.random.key(7), (4, 6, 16))
 
@@ -108,3 +111,15 @@ def test_head_layouts_give_every_device_whole_heads_and_are_undone(kv_heads, que
 def test_the_layout_is_the_cheapest(heads, kv_heads, tp, per_device):
     layout = HeadLayout.fit(heads, kv_heads, tp)
     assert (layout.total // tp, layout.total // tp * layout.group) == per_device
+
+
+@pytest.mark.parametrize("rows", [4, 512])
+def test_whichever_is_smaller_moves_the_tokens_or_the_weights(rows):
+    sharding = Sharding(make_mesh((1, 4, 2)))
+    layer = ColumnParallelLinear(128, 256, sharding, gather_output=False)
+    x = jax.device_put(jax.random.normal(jax.random.key(3), (rows, 1, 128)), NamedSharding(sharding.mesh, P("fsdp")))
+    apply = jax.jit(lambda layer, x: layer(x))
+    np.testing.assert_allclose(apply(layer, x), np.asarray(x) @ np.asarray(layer.weight[...]).T, rtol=1e-4, atol=1e-5)
+    program = apply.lower(layer, x).compile().as_text()
+    gathers_weights = "f32[128,128]{1,0} all-gather" in program or "f32[128,128]{0,1} all-gather" in program
+    assert gathers_weights == (rows == 512), program

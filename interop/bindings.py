@@ -36,7 +36,7 @@ class Binding(NamedTuple):
 
     source: str
     path: str
-    index: tuple[int, ...]  # which part, along the parameter's first dimensions: in a stack (repeat[, expert])
+    part: tuple[int, ...]  # which part, along the parameter's first dimensions: in a stack (repeat[, expert])
     shape: tuple[int, ...]  # of that part, without the padding of the vocabulary
     rows: tuple[tuple[int, int], ...]  # runs of the source's first dimension that put together are the part's
     transpose: bool  # the source is the part with its two dimensions swapped
@@ -152,10 +152,10 @@ def rectangles(binding: Binding, bounds: Bounds) -> list[Rectangle]:
 
     A rectangle's target is in an array of just those bounds. The padding of the vocabulary is in none.
     """
-    lead = len(binding.index)
-    if not all(start <= i < stop for i, (start, stop) in zip(binding.index, bounds, strict=False)):
+    lead = len(binding.part)
+    if not all(start <= i < stop for i, (start, stop) in zip(binding.part, bounds, strict=False)):
         return []
-    local = tuple(i - start for i, (start, _) in zip(binding.index, bounds, strict=False))
+    local = tuple(i - start for i, (start, _) in zip(binding.part, bounds, strict=False))
     spans = [(start, min(stop, size)) for (start, stop), size in zip(bounds[lead:], binding.shape, strict=True)]
     if any(start >= stop for start, stop in spans):
         return []
@@ -213,10 +213,10 @@ def _check_covered(found: Sequence[Binding], parameters: Mapping[str, Leaf], fam
     for path, leaf in parameters.items():
         if path not in parts:
             _refuse(family, f"no tensor is bound to {path}")
-        indices = [binding.index for binding in parts[path]]
+        indices = [binding.part for binding in parts[path]]
         index, times = collections.Counter(indices).most_common(1)[0]
         if times > 1:
-            sources = [binding.source for binding in parts[path] if binding.index == index]
+            sources = [binding.source for binding in parts[path] if binding.part == index]
             _refuse(family, f"{path}{list(index)} is bound {times} times, to {', '.join(sources)}")
         if len({len(index) for index in indices}) > 1:
             _refuse(family, f"{path} is bound both by layer and by expert")

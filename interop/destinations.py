@@ -23,6 +23,9 @@ from interop.bindings import Binding, rectangles
 from interop.copying import Move, aligned, blocks, fill
 from interop.readers.base import Index, SourceTensor
 
+# What a type checker can be told of `jax.Device`, which is no class to it.
+Device = Any
+
 # Bytes of a source that one job copies: few enough that threads end together, enough that starting a job costs nothing.
 JOB_BYTES = 8 << 20
 
@@ -40,7 +43,7 @@ class Shard(NamedTuple):
     """A part of an array, and the devices of this process that hold it."""
 
     bounds: tuple[tuple[int, int], ...]
-    devices: tuple[jax.Device, ...]
+    devices: tuple[Device, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,7 +64,7 @@ class Destination(Protocol):
 
 def local_shards(shape: tuple[int, ...], sharding: Sharding) -> tuple[Shard, ...]:
     """What this process holds of an array, each part once, however many of its devices have it."""
-    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    holders: dict[tuple[tuple[int, int], ...], list[Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
         holders.setdefault(bounds, []).append(device)
@@ -106,7 +109,7 @@ class DeviceDestination:
         self._padded = padded
         self._budget = budget
         self._shards = local_shards(struct.shape, struct.sharding)
-        self._arrays: dict[jax.Device, jax.Array] = {}
+        self._arrays: dict[Device, jax.Array] = {}
         self._lock = threading.Lock()
 
     def jobs(self, binding: Binding, source: SourceTensor) -> Iterator[Job]:
@@ -135,7 +138,7 @@ class DeviceDestination:
         return _assembled(self._struct, self._arrays)
 
     def _run(self, binding: Binding, source: SourceTensor, group: Sequence[tuple[Shard, list[Any]]]) -> None:
-        lead = len(binding.index)
+        lead = len(binding.part)
         moves, pieces = [], []
         for shard, found in group:
             piece = aligned(shard.shape[lead:], np.dtype(self._struct.dtype), zeroed=self._padded)
@@ -154,18 +157,18 @@ class DeviceDestination:
                 if not lead:
                     self._arrays[device] = piece
                     continue
-                index = tuple(np.int32(i - start) for i, (start, _) in zip(binding.index, shard.bounds, strict=False))
+                index = tuple(np.int32(i - start) for i, (start, _) in zip(binding.part, shard.bounds, strict=False))
                 stack = self._arrays.pop(device, None)
                 stack = self._zeros(shard, device) if stack is None else stack
                 self._arrays[device] = _write(stack, piece, index)
             del sent
             jax.block_until_ready(list(self._arrays.values()))
 
-    def _zeros(self, shard: Shard, device: jax.Device) -> jax.Array:
+    def _zeros(self, shard: Shard, device: Device) -> jax.Array:
         return jnp.zeros(shard.shape, self._struct.dtype, device=device)
 
     def _piece_bytes(self, shard: Shard, binding: Binding) -> int:
-        return math.prod(shard.shape[len(binding.index) :]) * np.dtype(self._struct.dtype).itemsize
+        return math.prod(shard.shape[len(binding.part) :]) * np.dtype(self._struct.dtype).itemsize
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -175,7 +178,7 @@ def _write(stack: jax.Array, piece: jax.Array, index: tuple[jax.Array, ...]) -> 
     return jax.lax.dynamic_update_slice(stack, piece, (*index, *(np.int32(0),) * (stack.ndim - len(index))))
 
 
-def _assembled(struct: jax.ShapeDtypeStruct, arrays: dict[jax.Device, jax.Array]) -> jax.Array:
+def _assembled(struct: jax.ShapeDtypeStruct, arrays: dict[Device, jax.Array]) -> jax.Array:
     return jax.make_array_from_single_device_arrays(
         struct.shape, struct.sharding, list(arrays.values()), dtype=struct.dtype
     )

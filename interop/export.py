@@ -1,0 +1,170 @@
+"""Write a model back as a Hugging Face checkpoint: the family's table read backwards, one tensor at a time.
+
+A source tensor is put together from the parameters' parts that are bound to it, written, and forgotten, so the host
+holds one tensor however large the model is. The files are plain safetensors, whose header can be written before any
+tensor is there, since it says only shapes and places.
+
+All of it is written to a folder beside the destination, flushed to the disk, and renamed at the end. An export that is
+killed leaves a folder `.NAME.partial-PID` to delete, and under NAME what was there before.
+
+With several processes every one takes part in gathering each tensor and the first writes. What goes wrong in the first
+is raised in all, so that none waits for it.
+"""
+
+import collections
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from interop.bindings import Binding, Bounds, bindings, rectangles, source_shapes
+from interop.copying import copy
+from interop.families import Family
+from interop.writer import CheckpointWriter, Layout, code
+from tbjax.config import ModelConfig
+from tbjax.sharding import leaves
+
+# As transformers shards by default: files that are still easy to move.
+MAX_SHARD_BYTES = 5_000_000_000
+
+# Room for the message in which the first process tells the others what went wrong.
+MESSAGE_BYTES = 2048
+
+
+def export(
+    model: Any,
+    config: ModelConfig,
+    family: Family,
+    folder: str | Path,
+    *,
+    config_json: Mapping[str, Any],
+    generation_config: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    dtype: Any = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Write `model` into `folder`. Every process calls this with the same arguments; the first one writes.
+
+    `dtype` defaults to that of each parameter. `tokenizer` is anything with `save_pretrained`. A folder that stands
+    there is refused unless it is empty or, with `overwrite`, a checkpoint.
+    """
+    bound = bindings(model, config, family)
+    parameters = dict(zip((leaf.path for leaf in leaves(model)), jax.tree.leaves(model), strict=True))
+    dtypes = {b.source: _stored_dtype(b, dtype or parameters[b.path].dtype) for b in reversed(bound)}
+    layout = {name: (dtypes[name], shape) for name, shape in source_shapes(bound).items()}
+    parts: dict[str, list[Binding]] = collections.defaultdict(list)
+    for binding in bound:
+        parts[binding.source].append(binding)
+
+    texts = {"config.json": with_dtype(config_json, next(iter(layout.values()))[0])}
+    if generation_config is not None:
+        texts["generation_config.json"] = dict(generation_config)
+    shards = plan_shards(layout, max_shard_bytes)
+    with CheckpointWriter(Path(folder), overwrite, active=jax.process_index() == 0) as writer:
+        writer.begin()
+        _agree(writer.error)
+        for file, names in shards.items():
+            writer.open(file, {name: layout[name] for name in names})
+            for name in names:
+                writer.write(gather(parts[name], parameters, *layout[name]))
+            writer.close()
+            _agree(writer.error)
+        writer.finish(texts, tokenizer)
+        _agree(writer.error)
+
+
+def plan_shards(layout: Layout, max_shard_bytes: int) -> dict[str, list[str]]:
+    """Which tensors go into which file, in order. A tensor above the limit gets a file of its own."""
+    if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes={max_shard_bytes!r}: a positive number of bytes is needed.")
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, (dtype, shape) in layout.items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        if shards[-1] and size + nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def with_dtype(config_json: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    """config.json for weights of `dtype`, under the field that it already has (old configs say torch_dtype)."""
+    fields = [name for name in ("dtype", "torch_dtype") if name in config_json] or ["dtype"]
+    return {**config_json, **dict.fromkeys(fields, dtype.name)}
+
+
+def gather(
+    parts: Sequence[Binding], parameters: Mapping[str, jax.Array], dtype: np.dtype, shape: tuple[int, ...]
+) -> np.ndarray | None:
+    """A source tensor from all that is bound to it; None in every process but the first. Every process calls this."""
+    tensor = np.empty(shape, dtype) if jax.process_index() == 0 else None
+    for binding in parts:
+        for bounds, piece in _pieces(parameters[binding.path], binding.part):
+            if tensor is None:
+                continue
+            values = np.asarray(piece)
+            for rectangle in rectangles(binding, bounds):
+                part = values[rectangle.target]
+                copy(tensor[rectangle.source], part.T if binding.transpose else part)
+    return tensor
+
+
+# --- Helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _stored_dtype(binding: Binding, dtype: Any) -> np.dtype:
+    dtype = np.dtype(dtype)
+    if code(dtype) is None:
+        raise ValueError(f"{binding.path}: {dtype} cannot be stored in safetensors: name another dtype.")
+    return dtype
+
+
+def _pieces(array: jax.Array, index: tuple[int, ...]) -> Iterator[tuple[Bounds, jax.Array]]:
+    """Arrays that together hold `array` at `index`, on this process's first device, with their bounds in the array."""
+    if array.is_fully_addressable and all(device.platform == "cpu" for device in array.sharding.device_set):
+        # The shards are in host memory already: numpy sees them without a copy.
+        for shard in array.addressable_shards:
+            if shard.replica_id == 0:
+                bounds = tuple(part.indices(size)[:2] for part, size in zip(shard.index, array.shape, strict=True))
+                yield bounds, shard.data
+        return
+    mesh = array.sharding.mesh  # pyright: ignore[reportAttributeAccessIssue] - all our shardings are NamedSharding
+    whole = _selector(mesh)(array, tuple(np.int32(i) for i in index))
+    jax.block_until_ready(whole)  # so that a process that only takes part does not run ahead, holding tensors
+    yield (*((i, i + 1) for i in index), *((0, size) for size in whole.shape[len(index) :])), whole.addressable_data(0)
+
+
+@functools.cache
+def _selector(mesh: jax.sharding.Mesh) -> Any:
+    """A function of an array and an index of its first dimensions: what lies there, on every device of the mesh."""
+
+    def select(array: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+        starts = (*index, *(np.int32(0),) * (array.ndim - len(index)))
+        return jax.lax.dynamic_slice(array, starts, (*(1,) * len(index), *array.shape[len(index) :]))
+
+    return jax.jit(select, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def _agree(error: Exception | None) -> None:
+    """Raise in every process what went wrong in the first."""
+    if jax.process_count() > 1:
+        message = "" if error is None else f"{type(error).__name__}: {error}"
+        sent = np.zeros(MESSAGE_BYTES, np.uint8)
+        text = np.frombuffer(message.encode()[:MESSAGE_BYTES], np.uint8)
+        sent[: len(text)] = text
+        received = bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent))).rstrip(b"\0").decode(errors="replace")
+        if received and error is None:
+            raise OSError(f"the first process could not write the checkpoint. {received}")
+    if error is not None:
+        raise error

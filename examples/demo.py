@@ -10,6 +10,7 @@ PyTorch disagree.
 
 import argparse
 import importlib.util
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,17 +18,19 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from tbjax.terminal import provide_cpu_devices
 
 VIRTUAL_MESH = (2, 2, 2)  # (dp, fsdp, tp) where the CPU stands in
 
-console = Console(highlight=False)
+# A log has no width of its own; 120 columns show the table without folding.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def main() -> int:
     arguments = parse_arguments()
+    if arguments.model.endswith(".gguf"):
+        os.environ["TQDM_DISABLE"] = "1"  # transformers' bar for dequantising, which has no switch of its own
     provide_cpu_devices(VIRTUAL_MESH)  # before JAX starts; changes nothing where there is an accelerator
 
     import jax
@@ -48,10 +51,8 @@ def main() -> int:
     loading = time.perf_counter() - start
 
     console.print("\n[bold]2. Where each tensor lies[/]\n", placement.table(model))
-    held = Table("device", "holds", title="What each device holds", title_justify="left")
     for device, nbytes in placement.bytes_held(model).items():
-        held.add_row(str(device), placement.readable(nbytes))
-    console.print(held)
+        console.print(f"  {device} holds {placement.readable(nbytes)}")
 
     console.print(f"\n[bold]3. Chat[/]\nuser: {escape(arguments.prompt)}")
     prompt = chat_tokens(model.tokenizer, arguments.prompt)
@@ -83,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="hub id, folder or .gguf file (default: the packaged SmolLM2)")
     parser.add_argument("--prompt", default="Name three planets, and say one thing about each.")
-    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
     arguments = parser.parse_args()
     arguments.model = arguments.model or packaged_model()
     return arguments

@@ -1,4 +1,4 @@
-"""Every family on every mesh: the one-device logits and gradients, and on each device the bytes that arithmetic says."""
+"""Every family on every mesh: the one-device logits and gradients, on each device the bytes that arithmetic says."""
 
 import functools
 import math

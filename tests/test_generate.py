@@ -1,4 +1,4 @@
-"""Greedy generation: the tokens that the whole-sequence forward pass would choose, whatever the mesh, padding or cache."""
+"""Greedy generation: the tokens that a forward pass over the whole would choose, whatever mesh, padding or cache."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,6 @@ def model(mesh):
         if leaf.path.endswith("weight") and len(leaf.variable.shape) > 1:
             leaf.variable[...] = leaf.variable[...] * 12
     return made
-
 
 
 def by_whole_sequences(made, prompt, count):

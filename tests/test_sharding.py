@@ -38,7 +38,7 @@ def test_experts_hold_ep_and_other_weights_are_cut_by_it_as_by_fsdp():
 
 
 def test_two_dimensions_on_one_axis_are_a_mistake():
-    with pytest.raises(ValueError, match="'heads' and 'mlp'.*'tp'"):
+    with pytest.raises(ValueError, match=r"'heads' and 'mlp'.*'tp'"):
         layout((1, 1, 8)).parameter(("heads", "mlp"), (64, 64))
 
 

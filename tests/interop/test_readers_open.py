@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import safetensors.numpy
 import torch
 
-from interop.readers import CheckpointError, MemoryCheckpoint, open_checkpoint
+from interop.readers import Checkpoint, CheckpointError, MemoryCheckpoint, open_checkpoint
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -119,3 +120,20 @@ def test_arrays_in_memory_are_a_checkpoint_too() -> None:
     assert not part.flags.writeable
     assert array.flags.writeable
     checkpoint["w"].prefetch()
+
+
+def test_many_threads_read_at_once(tmp_path: Path) -> None:
+    arrays = {str(number): np.full((64, 32), number, np.float32) for number in range(8)}
+    safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors")
+    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, tmp_path / "pytorch_model.bin")
+    for path in (tmp_path / "model.safetensors", tmp_path / "pytorch_model.bin"):
+        checkpoint = open_checkpoint(path, trust_pickle=True)
+
+        def total(job: int, checkpoint: Checkpoint = checkpoint) -> float:
+            tensor = checkpoint[str(job % 8)]
+            rows = (slice(job % 60, job % 60 + 4), slice(0, 16))
+            tensor.prefetch(rows)
+            return float(tensor.read(rows).sum())
+
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(total, range(400))) == [job % 8 * 64 for job in range(400)]

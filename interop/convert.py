@@ -1,0 +1,215 @@
+"""The conversion script: a checkpoint of one format in, of another out.
+
+    tbjax-convert meta-llama/Llama-3.1-8B out/ --to orbax --mesh 1,4,2
+    tbjax-convert out/ back/ --to hf
+    tbjax-convert model.gguf out/                              # safetensors, dequantised
+    tbjax-convert meta-llama/Llama-3.1-8B --dry-run --mesh 1,8,8
+
+The source is a Hugging Face checkpoint (safetensors, PyTorch `.bin` or GGUF; a hub id, a folder or a file) or an Orbax
+checkpoint of ours. Weights go straight from the source's bytes into sharded arrays and from there to the destination,
+so that host memory stays bounded whatever the size. Exit codes: 0 done, 1 could not be done, 2 not understood.
+"""
+
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tbjax.terminal import parse_mesh, provide_cpu_devices, readable_errors
+
+if TYPE_CHECKING:
+    from tbjax.api import CausalLM
+    from tbjax.config import ModelConfig
+
+# JAX and all that needs it is imported where it is used: the help must not wait for it, and devices are chosen first.
+
+
+class Format(StrEnum):
+    """What can be written."""
+
+    HF = "hf"
+    ORBAX = "orbax"
+
+
+class Dtype(StrEnum):
+    """What weights can be converted to."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Hub id, folder, file, or an Orbax checkpoint.")],
+    destination: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="The folder to write; not needed with --dry-run.")
+    ] = None,
+    to: Annotated[Format, typer.Option(help="hf: safetensors, config, tokenizer. orbax: sharded arrays.")] = Format.HF,
+    mesh: Annotated[
+        str, typer.Option(help="dp,fsdp,tp (as 1,4,2) or axes by name (as ep=4,tp=2); auto: all devices on fsdp.")
+    ] = "auto",
+    dtype: Annotated[Dtype | None, typer.Option(help="Convert the weights; else they stay as they are.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Read PyTorch's .bin without asking. No code in it is run.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read no weights, write nothing; print what would lie where.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Convert a checkpoint: Hugging Face to Orbax, Orbax to Hugging Face, .bin or GGUF to safetensors."""
+    shape = parse_mesh(mesh)
+    if destination is None and not dry_run:
+        raise typer.BadParameter("a destination is needed (or --dry-run).", param_hint="DST")
+    with readable_errors(debug=debug):
+        if dry_run:
+            _print_plan(source, shape, dtype, revision, trust_pickle)
+        elif destination is not None:
+            _check_destination(source, destination, overwrite)
+            provide_cpu_devices(shape)
+            _convert(source, destination, to, shape, dtype, revision, trust_pickle, overwrite, quiet)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(convert)
+
+
+def main() -> None:
+    app(prog_name="tbjax-convert")
+
+
+# --- The work ---------------------------------------------------------------------------------------------------------
+
+
+def _convert(
+    source: str,
+    destination: Path,
+    to: Format,
+    mesh: Any,
+    dtype: str | None,
+    revision: str | None,
+    trust_pickle: bool,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    import jax
+
+    import tbjax
+    from interop import companions
+    from tbjax import checkpoint, placement
+
+    began = time.perf_counter()
+    if checkpoint.is_checkpoint(source):
+        model = _restore(source, mesh, dtype)
+    else:
+        trusted = _may_read(source, revision, trust_pickle)
+        model = tbjax.load(source, mesh, dtype=dtype, revision=revision, trust_pickle=trusted, progress=not quiet)
+    if to == Format.HF:
+        model.save_pretrained(destination, overwrite=overwrite)
+    else:
+        origin = model.origin
+        files = companions.pack(origin.config, origin.generation_config, origin.tokenizer) if origin else {}
+        checkpoint.save(model, destination, companions=files, overwrite=overwrite)
+    if not quiet and jax.process_index() == 0:
+        size = placement.readable(sum(array.nbytes for array in jax.tree.leaves(model)))
+        Console(highlight=False, soft_wrap=True).print(
+            f"{source} -> {destination} ({to}): {size} in {time.perf_counter() - began:.1f} s"
+        )
+
+
+def _restore(path: str, mesh: Any, dtype: str | None) -> "CausalLM":
+    """An Orbax checkpoint of ours, with its dtype unless told otherwise."""
+    from interop import companions
+    from tbjax import api, checkpoint
+
+    about = checkpoint.read_about(path)
+    beside = companions.unpack(about.companions)
+    model = api.abstract(
+        about.config, mesh, dtype=dtype or _dtype(about), origin=None if beside is None else api.Origin(*beside)
+    )
+    return checkpoint.restore(model, path)
+
+
+def _print_plan(source: str, mesh: Any, dtype: str | None, revision: str | None, trust_pickle: bool) -> None:
+    """The table of what would lie where. Reads the source's headers and checks them against the model."""
+    from tbjax import checkpoint, placement
+
+    if checkpoint.is_checkpoint(source):
+        about = checkpoint.read_about(source)
+        model = _on_paper(about.config, mesh, dtype or _dtype(about))
+    else:
+        from interop.bindings import bindings, check_checkpoint, source_shapes
+        from interop.families import Fields, family
+        from interop.source import resolve
+
+        found = resolve(source, revision=revision, trust_pickle=_may_read(source, revision, trust_pickle))
+        translation = family(found.config["model_type"])
+        config = translation.config(Fields(found.config, f"{source}: config.json"))
+        model = _on_paper(config, mesh, dtype or config.dtype)
+        with found.open() as tensors:
+            check_checkpoint(source_shapes(bindings(model, config, translation)), tensors, config, translation)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(placement.table(model, title=f"{source} on mesh {_spelled(mesh)}: nothing is written"))
+
+
+def _on_paper(config: "ModelConfig", mesh: Any, dtype: str) -> Any:
+    """The abstract model on a mesh that need not exist."""
+    import math
+
+    import jax
+    from jax.sharding import AbstractMesh, AxisType
+
+    from tbjax.mesh import AXES, axis_sizes
+    from tbjax.model import Decoder
+    from tbjax.sharding import Sharding
+
+    asked = list(mesh.values() if isinstance(mesh, dict) else mesh or (jax.device_count(),))
+    sizes = axis_sizes(mesh, math.prod(asked))
+    layout = Sharding(AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES)))
+    return layout.place(jax.eval_shape(lambda: Decoder(config, layout, dtype=dtype)))
+
+
+# --- At the door ------------------------------------------------------------------------------------------------------
+
+
+def _check_destination(source: str, destination: Path, overwrite: bool) -> None:
+    """Raise before the work rather than after it."""
+    if Path(source).exists() and Path(source).resolve() == destination.resolve():
+        raise ValueError(f"{destination} is the source: name another folder.")
+    if destination.exists() and not overwrite and (destination.is_file() or any(destination.iterdir())):
+        raise FileExistsError(f"{destination} exists already: name another folder, or give --overwrite.")
+
+
+def _may_read(source: str, revision: str | None, trust_pickle: bool) -> bool:
+    """Whether pickles may be opened: as told, else by asking on the terminal if the source is one."""
+    if trust_pickle or not sys.stdin.isatty():
+        return trust_pickle
+    from interop.readers.open import PICKLED
+    from interop.source import resolve
+
+    weights = resolve(source, revision=revision).weights
+    if weights.suffix not in (".bin", ".pt", ".pth") and not weights.name.startswith(PICKLED):
+        return False
+    return typer.confirm(
+        f"{weights} is a pickle, which can carry a program. tbjax reads tensors from it and runs nothing, "
+        "but a safetensors file would leave no doubt. Read it?"
+    )
+
+
+def _dtype(about: Any) -> str:
+    return next(iter(about.parameters.values())).dtype.name
+
+
+def _spelled(mesh: Any) -> str:
+    return "auto" if mesh is None else str(mesh)
+
+
+if __name__ == "__main__":
+    main()

@@ -25,6 +25,10 @@ DTYPES = {name: name for name in ("float32", "bfloat16", "float16", "float64")}
 # Deeper than any decoder: past it the file is damaged, and the list of its layers would fill the memory first.
 MOST_LAYERS = 10_000
 
+# A pair that turns a millionth of a circle within the trained length does not turn; the length is divided by that
+# number, and a much smaller one overflows.
+FEWEST_TURNS = 1e-6
+
 # Fields by which other architectures, or forks of these, say that they compute something else. `transformers` passes
 # over a field that the class of the `model_type` does not know, so such a checkpoint would load and be wrong.
 FOREIGN: Mapping[str, str] = {
@@ -222,11 +226,18 @@ def _yarn(fields: Fields, parameters: Fields, rotated: int) -> dict[str, Any]:
         "factor": factor,
         "original_positions": original,
         "attention_factor": parameters.number("attention_factor", usual, least=0),
-        # Zero asks for the default in transformers, so it does here.
-        "beta_fast": parameters.number("beta_fast", 32.0, least=0) or 32.0,
-        "beta_slow": parameters.number("beta_slow", 1.0, least=0) or 1.0,
+        "beta_fast": _turns(parameters, "beta_fast", 32.0),
+        "beta_slow": _turns(parameters, "beta_slow", 1.0),
         "truncate": parameters.flag("truncate", True),
     }
+
+
+def _turns(parameters: Fields, name: str, usual: float) -> float:
+    """How often a pair turns within the original length. Zero asks for the default, as in transformers."""
+    turns = parameters.number(name, usual, least=0) or usual
+    if turns < FEWEST_TURNS:
+        parameters.refuse(name, f"a number of turns no less than {FEWEST_TURNS} is needed, or 0 for {usual}")
+    return turns
 
 
 def _longrope(fields: Fields, parameters: Fields, rotated: int) -> dict[str, Any]:

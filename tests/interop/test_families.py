@@ -123,6 +123,7 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "
         ("llama", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ("phi3", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.2}}, "partial_rotary_factor=0.2"),
         ("llama", {"rope_parameters": {**YARN, "rope_type": "linear", "factor": 0.5}}, "factor=0.5"),
+        ("llama", {"rope_parameters": {**YARN, "beta_slow": 1e-300}}, "beta_slow=1e-300"),
         ("llama", {"rope_parameters": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor=1.0"),
         ("llama", {"rope_parameters": {**LONG, "long_factor": [1.0] * 7}}, "long_factor="),
         ("llama", {"rope_parameters": {**LONG, "short_factor": [0.0] * 8}}, "short_factor="),
@@ -195,6 +196,7 @@ def test_rope_scaling_of_old_files_is_understood() -> None:
 
 factors = st.floats(1, 64)
 lengths = st.integers(2, 10_000)
+turns = st.just(0) | st.floats(1e-6, 64)
 ROPES = st.one_of(
     st.fixed_dictionaries({"rope_type": st.sampled_from(["linear", "dynamic"]), "factor": factors}),
     st.fixed_dictionaries(
@@ -203,8 +205,8 @@ ROPES = st.one_of(
             "attention_factor": st.floats(0.1, 2),
             "mscale": st.floats(0, 2),
             "mscale_all_dim": st.floats(0, 2),
-            "beta_fast": st.floats(0, 64),
-            "beta_slow": st.floats(0, 64),
+            "beta_fast": turns,
+            "beta_slow": turns,
             "truncate": st.booleans(),
         },
     ),

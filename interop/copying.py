@@ -39,9 +39,7 @@ def fill(source: SourceTensor, moves: Sequence[Move]) -> None:
         around = _around(block)
         values = source.read(around)
         for index, target in block:
-            relative = tuple(
-                slice(i.start - a.start, i.stop - a.start) for i, a in zip(index, around, strict=True)
-            )
+            relative = tuple(slice(i.start - a.start, i.stop - a.start) for i, a in zip(index, around, strict=True))
             try:
                 copy(target, values[relative])
             except FloatingPointError as error:

@@ -14,7 +14,7 @@ import copy
 import functools
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,8 @@ def to_torch(model: "CausalLM", *, dtype: Any = None) -> "transformers.PreTraine
     config = transformers.CONFIG_MAPPING[model.origin.config["model_type"]].from_dict(dict(model.origin.config))
     wanted = str(jnp.dtype(dtype or model.dtype))
     # transformers fills a model on the meta device from the mapping, fuses what it fuses, and ties what is tied.
-    module, loading = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+    architecture: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    module, loading = architecture.from_pretrained(
         None,
         config=config,
         state_dict=_lazy_tensors(model),
@@ -112,7 +113,7 @@ def tensor_to_jax(tensor: "torch.Tensor") -> jax.Array:
     if tensor.layout is not torch.strided or tensor.is_meta:
         kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
         raise ValueError(f"{where} is {kind}, so it has no dense memory to share.")
-    if str(tensor.dtype).removeprefix("torch.") in WIDE_DTYPES and not jax.config.jax_enable_x64:
+    if str(tensor.dtype).removeprefix("torch.") in WIDE_DTYPES and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             f"{where}: JAX would narrow it to 32 bits. Convert it (tensor.to(...)), or switch on jax_enable_x64 first."
         )
@@ -177,11 +178,11 @@ class _TorchTensor(SourceTensor):
 class _Lazy:
     """A tensor of our model, gathered when it is asked for: transformers treats it as it does a slice of a file."""
 
-    def __init__(self, gather: Callable[[], np.ndarray]) -> None:
+    def __init__(self, gather: Callable[[], np.ndarray | None]) -> None:
         self._gather = gather
 
     def __getitem__(self, _: Any) -> "torch.Tensor":
-        return _as_torch(self._gather())
+        return _as_torch(cast(np.ndarray, self._gather()))  # one process gathers all
 
 
 def _lazy_tensors(model: "CausalLM") -> dict[str, _Lazy]:

@@ -45,7 +45,7 @@ class About:
 
 
 def save(
-    model: nnx.Module, path: str | Path, *, companions: Mapping[str, str] | None = None, overwrite: bool = False
+    model: Any, path: str | Path, *, companions: Mapping[str, str] | None = None, overwrite: bool = False
 ) -> None:
     """Write `model` (which has a `.config`) to the folder `path`. Every process calls this with the same arguments.
 
@@ -91,14 +91,14 @@ def read_about(path: str | Path) -> About:
         )
     with _checkpointer() as checkpointer:
         about = checkpointer.restore(path, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
-        tree = checkpointer.metadata(path).item_metadata.parameters.tree
+        metadata: Any = checkpointer.metadata(path).item_metadata
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else type(about).__name__
         raise ValueError(
             f"{path}/about: format {found!r} is not {FORMAT}: it needs the release of tbjax that wrote it."
         )
     # Orbax keeps the tree of names; each leaf is what it noted of one array.
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    flat = jax.tree_util.tree_flatten_with_path(metadata.parameters.tree)[0]
     parameters = {
         jax.tree_util.keystr(key, simple=True, separator="."): jax.ShapeDtypeStruct(array.shape, array.dtype)
         for key, array in flat
@@ -183,10 +183,11 @@ def _config(values: Mapping[str, Any]) -> ModelConfig:
     """A `ModelConfig` from the JSON of its fields."""
 
     def rope(fields: Mapping[str, Any] | None) -> Rope | None:
+        if fields is None:
+            return None
         # JSON has lists where Rope has tuples.
-        return (
-            None if fields is None else Rope(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-        )
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return Rope(**plain)
 
     return ModelConfig(
         **dict(values)

@@ -41,6 +41,12 @@ COMPANIONS = (
     PICKLED + INDEX,
 )
 
+# Fields that transformers must not act on: it takes an attribute of torch by the name that stands in the first two, and
+# fills the memory with labels of a classifier if it is told that there are enough of them.
+KEPT_BACK = frozenset({"dtype", "torch_dtype", "auto_map", "num_labels", "id2label", "label2id"})
+# It makes a list with an entry for each layer, so their number is looked at first.
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
 
 class Embedded(NamedTuple):
     """A checkpoint inside a Python package."""
@@ -151,13 +157,19 @@ def normalize_config(
                 f"{where}: {field} says that the weights are quantised by {method!r}, which tbjax does not read. "
                 "Load the checkpoint that was quantised; tbjax can quantise it after loading."
             )
+    from interop.families.common import MOST_LAYERS
+
+    for field in LAYER_COUNTS:
+        if isinstance(layers := config.get(field), int) and layers > MOST_LAYERS:
+            raise CheckpointError(
+                f"{where}: {field}={layers} is not supported: no more than {MOST_LAYERS} layers are done."
+            )
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
-    # The class is chosen here and not by AutoConfig, which would look at `auto_map`, that is, at code. The dtype is
-    # kept back, since the class makes an attribute of torch of whatever stands there.
+    # The class is chosen here and not by AutoConfig, which would look at `auto_map`, that is, at code.
     dtype = config.get("dtype", config.get("torch_dtype"))
-    values = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype", "auto_map")}
+    values = {key: value for key, value in config.items() if key not in KEPT_BACK}
     try:
         return CONFIG_MAPPING[model_type].from_dict(values).to_dict() | {"dtype": dtype}
     except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:

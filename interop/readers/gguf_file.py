@@ -155,7 +155,7 @@ class _Cursor:
         try:
             for _ in range(count):
                 position += length.size + length.unpack_from(self._view, position)[0]
-        except struct.error:
+        except (struct.error, OverflowError):  # beyond the file, or beyond any file
             position = len(self._view) + 1
         if position > len(self._view):
             _corrupt(self.path, "a list of strings goes on beyond the end: the file is truncated or the header wrong")

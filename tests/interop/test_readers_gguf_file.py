@@ -166,6 +166,7 @@ BYTES = bytes(256)
         (header(entries=1, metadata=pair(b"k", 99, b"")), "metadata 'k' has the unknown type 99"),
         (header(entries=1, metadata=pair(b"k", 9, struct.pack("<IQ", 9, 1))), "array of the unknown type 9"),
         (header(entries=1, metadata=pair(b"k", 9, struct.pack("<IQ", 8, 2**63))), "list of strings"),
+        (header(entries=1, metadata=pair(b"k", 9, struct.pack("<IQQQ", 8, 2, 2**63, 1))), "list of strings"),
         (header(entries=1, metadata=pair(b"k", 9, struct.pack("<IQ", 4, 2**62))), "truncated"),
         (header(entries=1, metadata=pair(b"k", 8, struct.pack("<Q", 2**64 - 1))), "truncated"),
         (header(entries=1, metadata=pair(b"\xff", 4, bytes(4))), "not UTF-8"),

@@ -144,7 +144,7 @@ def test_pickles_are_opened_only_when_trusted(tmp_path: Path) -> None:
         ),
         (LLAMA | {"hidden_size": "wide"}, "transformers cannot make sense of it: .*hidden_size.*wide"),
         (LLAMA | {"num_attention_heads": 0}, "transformers cannot make sense of it"),
-        (LLAMA | {"id2label": 3}, "transformers cannot make sense of it"),
+        (LLAMA | {"model_type": "qwen2", "num_hidden_layers": 10**15}, "num_hidden_layers=1000000000000000 is not"),
     ],
 )
 def test_a_config_that_cannot_be_used_is_an_error_that_names_the_file(
@@ -214,6 +214,11 @@ def test_any_config_is_normalised_or_refused(changes: dict[str, Any]) -> None:
     except CheckpointError:
         return
     assert config["model_type"] == "llama"
+
+
+def test_labels_of_a_classifier_are_passed_over() -> None:
+    labels = {"id2label": 3, "num_labels": 10**15, "label2id": None}
+    assert normalize_config(LLAMA | labels) == normalize_config(LLAMA)
 
 
 # --- The hub ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,50 @@
+"""Real processes that together are one JAX program: real `jax.distributed`, real collectives (Gloo), CPU devices."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# No process has reason to take longer; one that hangs (its peer died) is killed, and the test says so.
+LIMIT_SECONDS = 300
+
+PROLOGUE = """
+import sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], num_processes=int(sys.argv[2]), process_id=int(sys.argv[3]))
+"""
+
+
+def run(script: str, *arguments: str | Path, count: int = 2, devices: int = 4) -> list[str]:
+    """What each of `count` processes prints that run `script`, whose `sys.argv[4:]` are `arguments`."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROLOGUE + script, address, str(count), str(index), *map(str, arguments)],
+            env=environment,
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for index in range(count)
+    ]
+    try:
+        results = [process.communicate(timeout=LIMIT_SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for index, (process, (_, errors)) in enumerate(zip(processes, results, strict=True)):
+        assert process.returncode == 0, f"process {index} failed:\n{errors[-4000:]}"
+    return [output for output, _ in results]

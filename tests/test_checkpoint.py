@@ -1,0 +1,132 @@
+"""Orbax checkpoints: the same arrays on any mesh, whole or not there."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tbjax
+from tbjax import api, checkpoint
+from tbjax.layers.norm import RMSNorm
+from tbjax.mesh import make_mesh
+from tbjax.sharding import Sharding, leaves
+from tests import processes, tiny
+
+
+def equal(left, right):
+    """Whether two models have the same parameters with the same values, wherever they lie."""
+    assert [leaf.path for leaf in leaves(left)] == [leaf.path for leaf in leaves(right)]
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tbjax.from_config(tiny.our_config(tiny.BY_NAME["llama"]), (2, 2, 2))
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "final"
+    checkpoint.save(model, path, companions={"note.txt": "for the reader"})
+    return path
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (1, 1, 8), (8, 1, 1)])
+def test_what_was_saved_on_one_mesh_is_restored_on_another(model, saved, mesh):
+    abstract = api.abstract(model.config, mesh)
+    restored = checkpoint.restore(abstract, saved)
+    assert equal(restored, model)
+    for array, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True):
+        assert array.sharding == wanted.sharding
+
+
+def test_restoring_converts_to_the_dtype_of_the_model_it_fills(model, saved):
+    restored = checkpoint.restore(api.abstract(model.config, (1, 8, 1), dtype=jnp.bfloat16), saved)
+    assert equal(restored, jax.tree.map(lambda array: array.astype(jnp.bfloat16), model))
+
+
+def test_about_says_what_is_there_without_reading_it(model, saved):
+    about = checkpoint.read_about(saved)
+    assert about.config == model.config
+    assert about.companions == {"note.txt": "for the reader"}
+    assert about.parameters["embedding.weight"] == jax.ShapeDtypeStruct(model.embedding.weight.shape, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3_moe-every-other", "gemma3", "falcon-rw", "phi3-longrope", "llama-yarn"]
+)
+def test_every_kind_of_config_survives_json(name, tmp_path):
+    config = tiny.our_config(tiny.BY_NAME[name])
+    anything = RMSNorm(8, Sharding(make_mesh((8, 1, 1))), epsilon=1e-5, dtype=jnp.float32, key=jax.random.key(0))
+    anything.config = config
+    checkpoint.save(anything, tmp_path / "x")
+    assert checkpoint.read_about(tmp_path / "x").config == config
+
+
+def test_a_folder_that_stands_is_kept_unless_told(model, saved):
+    with pytest.raises(FileExistsError, match=r"final exists already.*overwrite"):
+        checkpoint.save(model, saved)
+    checkpoint.save(model, saved, companions={"note.txt": "for the reader"}, overwrite=True)
+    assert equal(checkpoint.restore(api.abstract(model.config, (2, 2, 2)), saved), model)
+
+
+def test_overwriting_removes_nothing_but_checkpoints(model, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="not a checkpoint"):
+        checkpoint.save(model, tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_checkpoint_cut_short_is_not_one(model, tmp_path, monkeypatch):
+    """Whatever Orbax had written when it was stopped lies under another name."""
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(*_, **__):
+        raise Stopped
+
+    monkeypatch.setattr(checkpoint.ocp.JsonCheckpointHandler, "save", stop)
+    monkeypatch.setattr(checkpoint.ocp.JsonCheckpointHandler, "async_save", stop, raising=False)
+    with pytest.raises(Stopped):
+        checkpoint.save(model, tmp_path / "x")
+    assert not checkpoint.is_checkpoint(tmp_path / "x")
+    with pytest.raises(ValueError, match="does not exist"):
+        checkpoint.read_about(tmp_path / "x")
+
+
+def test_another_models_checkpoint_is_refused_by_name(model, saved):
+    tied = dataclasses.replace(model.config, tie_embeddings=True)
+    with pytest.raises(ValueError, match=r"unexpected \['head.weight'\]"):
+        checkpoint.restore(api.abstract(tied, (2, 2, 2)), saved)
+    wider = dataclasses.replace(model.config, mlp=2 * model.config.mlp)
+    with pytest.raises(ValueError, match=r"mlp\.down\.weight has shape \[2, 32, 48\], the model's has \[2, 32, 96\]"):
+        checkpoint.restore(api.abstract(wider, (2, 2, 2)), saved)
+
+
+def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        checkpoint.read_about(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is not a tbjax checkpoint"):
+        checkpoint.read_about(tmp_path)
+
+
+def test_two_processes_save_together_and_restore_on_another_mesh(model, tmp_path):
+    script = """
+import numpy as np
+import tbjax
+from tbjax import api, checkpoint
+from tests import tiny
+
+config = tiny.our_config(tiny.BY_NAME["llama"])
+model = tbjax.from_config(config, (1, 4, 2))
+checkpoint.save(model, sys.argv[4])
+restored = checkpoint.restore(api.abstract(config, (1, 2, 4)), sys.argv[4])
+total = jax.jit(lambda tree: sum(abs(leaf).sum() for leaf in jax.tree.leaves(tree)))
+assert abs(total(model) - total(restored)) <= 1e-6 * total(model)
+"""
+    processes.run(script, tmp_path / "x")
+    assert equal(checkpoint.restore(api.abstract(model.config, (2, 2, 2)), tmp_path / "x"), model)

@@ -1,0 +1,69 @@
+"""What the commands share."""
+
+import pytest
+import typer
+
+from tbjax.terminal import parse_mesh, provide_cpu_devices, readable_errors
+
+
+@pytest.mark.parametrize(
+    ("text", "mesh"),
+    [
+        (None, None),
+        ("auto", None),
+        ("1,4,2", (1, 4, 2)),
+        (" 1, -1, 2 ", (1, -1, 2)),
+        ("ep=4,tp=2", {"ep": 4, "tp": 2}),
+    ],
+)
+def test_a_mesh_is_read_as_users_write_it(text, mesh):
+    assert parse_mesh(text) == mesh
+
+
+@pytest.mark.parametrize("text", ["", "4", "1,4", "a,b,c", "tp", "tp=x", "1,tp=2,3"])
+def test_what_is_no_mesh_is_a_usage_error_with_an_example(text):
+    with pytest.raises(typer.BadParameter, match="1,4,2"):
+        parse_mesh(text)
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, ImportError, RuntimeError, TypeError])
+def test_an_expected_error_is_one_paragraph_and_exit_code_1(error, capsys):
+    with pytest.raises(typer.Exit) as exited, readable_errors(debug=False):
+        raise error("config.json:\n  [field] is wrong")
+    assert exited.value.exit_code == 1
+    assert capsys.readouterr().err == "error: config.json: [field] is wrong\n"
+
+
+def test_debug_lets_the_traceback_through():
+    with pytest.raises(ValueError, match="wrong"), readable_errors(debug=True):
+        raise ValueError("wrong")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(KeyError), readable_errors(debug=False):
+        raise KeyError("tp")
+
+
+def test_an_exit_is_not_an_error(capsys):
+    with pytest.raises(typer.Exit), readable_errors(debug=False):
+        raise typer.Exit(0)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("mesh", "count"), [((2, 2, 2), "8"), ({"ep": 4, "tp": 2}, "8"), ((1, -1, 2), None), ((1, 1, 1), "1")]
+)
+def test_the_cpu_stands_in_for_a_mesh_whose_size_is_known(mesh, count, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+    environment = {}
+    monkeypatch.setattr("os.environ", environment)
+    provide_cpu_devices(mesh)
+    assert environment.get("JAX_NUM_CPU_DEVICES") == count
+
+
+def test_a_user_who_has_chosen_the_devices_is_left_alone(monkeypatch):
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    monkeypatch.setattr("os.environ", environment)
+    provide_cpu_devices((2, 2, 2))
+    assert "JAX_NUM_CPU_DEVICES" not in environment

@@ -44,9 +44,7 @@ class About:
     parameters: Mapping[str, jax.ShapeDtypeStruct]  # path -> shape and dtype as stored
 
 
-def save(
-    model: Any, path: str | Path, *, companions: Mapping[str, str] | None = None, overwrite: bool = False
-) -> None:
+def save(model: Any, path: str | Path, *, companions: Mapping[str, str] | None = None, overwrite: bool = False) -> None:
     """Write `model` (which has a `.config`) to the folder `path`. Every process calls this with the same arguments.
 
     With `overwrite`, a folder that stands there is removed first; it must be a checkpoint.

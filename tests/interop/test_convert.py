@@ -1,0 +1,201 @@
+"""The conversion script: what goes in comes out, and what cannot is said in one paragraph."""
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+import torch
+import transformers
+from typer.testing import CliRunner
+
+from interop.convert import app
+from tbjax import checkpoint
+from tests import tiny
+from tests.interop import gguf_files
+
+CASE = tiny.BY_NAME["llama-odd-vocabulary-tied"]
+
+
+def convert(*arguments, code=0):
+    """What the script prints, and says on stderr, when it exits with `code`."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result.stdout, result.stderr
+
+
+def tensors(folder):
+    return safetensors.numpy.load_file(folder / "model.safetensors")
+
+
+def same_tensors(left, right):
+    left, right = tensors(left), tensors(right)
+    return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    """A Hugging Face checkpoint with all that may stand beside the weights."""
+    folder = tmp_path_factory.mktemp("hf") / "tiny"
+    tiny.save(CASE, folder)
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<unk>": 0, "capital": 1, "France": 2}, unk_token="<unk>")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(folder)
+    transformers.GenerationConfig(max_new_tokens=7, eos_token_id=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pickled(hf, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(hf, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    weights = {name: torch.from_numpy(array) for name, array in tensors(hf).items()}
+    torch.save(weights, folder / "pytorch_model.bin")
+    return folder
+
+
+def test_to_orbax_and_back_loses_nothing(hf, tmp_path):
+    convert(hf, tmp_path / "orbax", "--to", "orbax", "--mesh", "1,4,2")
+    assert checkpoint.is_checkpoint(tmp_path / "orbax")
+    convert(tmp_path / "orbax", tmp_path / "back", "--to", "hf", "--mesh", "2,2,2")
+    assert same_tensors(hf, tmp_path / "back")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "back" / name).read_text()) == json.loads((hf / name).read_text())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert tokenizer("capital France")["input_ids"] == [1, 2]
+    assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
+
+
+def test_a_model_of_experts_goes_over_orbax_too(tmp_path):
+    tiny.save(tiny.BY_NAME["mixtral"], tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "orbax", "--to", "orbax", "--mesh", "ep=4,tp=2")
+    convert(tmp_path / "orbax", tmp_path / "back", "--mesh", "1,8,1")
+    assert same_tensors(tmp_path / "hf", tmp_path / "back")
+
+
+def test_a_dtype_is_converted_to_and_noted(hf, tmp_path):
+    convert(hf, tmp_path / "half", "--dtype", "bfloat16", "--mesh", "1,8,1")
+    module = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
+    assert module.dtype == torch.bfloat16
+    assert torch.equal(module.lm_head.weight, tiny.make(CASE).lm_head.weight.bfloat16())
+
+
+def test_a_trusted_pickle_becomes_safetensors(pickled, hf, tmp_path):
+    convert(pickled, tmp_path / "out", "--trust-pickle", "--mesh", "1,8,1")
+    assert same_tensors(hf, tmp_path / "out")
+
+
+def test_a_gguf_becomes_safetensors_with_the_names_of_hugging_face(tmp_path):
+    theirs, file = gguf_files.make("llama", tmp_path)
+    convert(file, tmp_path / "out", "--mesh", "1,8,1")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(theirs).state_dict()
+    written = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert reference.keys() == written.keys()
+    assert all(torch.equal(reference[name], written[name]) for name in reference)
+
+
+def test_a_pickle_is_not_opened_without_a_word(pickled, tmp_path):
+    _, errors = convert(pickled, tmp_path / "out", "--mesh", "1,8,1", code=1)
+    assert "pytorch_model.bin" in errors
+    assert "--trust-pickle" in errors
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("answer", "written"), [("y", True), ("n", False)])
+def test_on_a_terminal_it_asks_before_opening_a_pickle(pickled, tmp_path, answer, written):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "interop.convert", pickled, tmp_path / "out", "--quiet"]
+    process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    os.write(ours, f"{answer}\n".encode())
+    output, errors = process.communicate(timeout=300)
+    os.close(ours)
+    os.close(theirs)
+    assert "Read it?" in output
+    assert (tmp_path / "out" / "model.safetensors").exists() == written
+    assert process.returncode == (0 if written else 1)
+    assert written or "error: " in errors
+
+
+def test_a_dry_run_shows_a_mesh_that_is_not_there_and_writes_nothing(hf, tmp_path):
+    output, _ = convert(hf, tmp_path / "out", "--dry-run", "--mesh", "3,16,2")
+    assert "embedding.weight" in output
+    assert "float32[384,32]" in output
+    assert "vocab/tp, embed/fsdp" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_works_on_orbax_and_needs_no_destination(hf, tmp_path):
+    convert(hf, tmp_path / "orbax", "--to", "orbax", "--mesh", "1,8,1", "--dtype", "bfloat16")
+    output, _ = convert(tmp_path / "orbax", "--dry-run", "--mesh", "1,4,2")
+    assert "bfloat16[384,32]" in output
+
+
+def test_a_dry_run_finds_what_the_conversion_would_stumble_on(hf, tmp_path):
+    folder = shutil.copytree(hf, tmp_path / "broken")
+    weights = tensors(hf)
+    del weights["model.norm.weight"]
+    safetensors.numpy.save_file(weights, folder / "model.safetensors")
+    _, errors = convert(folder, "--dry-run", code=1)
+    assert "model.norm.weight" in errors
+
+
+def test_quiet_is_quiet_and_otherwise_one_line_says_what_was_done(hf, tmp_path):
+    assert convert(hf, tmp_path / "one", "--quiet", "--mesh", "1,8,1") == ("", "")
+    output, errors = convert(hf, tmp_path / "two", "--mesh", "1,8,1")
+    assert len(output.splitlines()) == 1
+    assert str(tmp_path / "two") in output
+    assert not errors
+
+
+def test_a_destination_that_stands_is_kept_unless_told(hf, tmp_path):
+    convert(hf, tmp_path / "out", "--mesh", "1,8,1")
+    _, errors = convert(hf, tmp_path / "out", "--mesh", "1,8,1", code=1)
+    assert "exists already" in errors
+    assert "--overwrite" in errors
+    convert(hf, tmp_path / "out", "--mesh", "1,8,1", "--dtype", "bfloat16", "--overwrite")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_source_is_never_overwritten(hf):
+    _, errors = convert(hf, hf, "--overwrite", code=1)
+    assert "is the source" in errors
+    assert tensors(hf)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("somewhere",),
+        ("somewhere", "out", "--to", "zip"),
+        ("somewhere", "out", "--mesh", "2x4"),
+        ("somewhere", "out", "--dtype", "int3"),
+        ("somewhere", "out", "--nonsense"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense_exits_with_2(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    convert(*arguments, code=2)
+
+
+@pytest.mark.parametrize("mesh", ["1,3,1", "pipeline=8"])
+def test_a_mesh_that_cannot_be_is_refused_before_the_weights_are_read(hf, tmp_path, mesh):
+    _, errors = convert(hf, tmp_path / "out", "--mesh", mesh, code=1)
+    assert "mesh" in errors
+    assert len(errors.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_is_not_there_is_named(tmp_path):
+    _, errors = convert(tmp_path / "nowhere", tmp_path / "out", code=1)
+    assert errors.startswith(f"error: {tmp_path / 'nowhere'}")

@@ -1,0 +1,143 @@
+"""The face: a checkpoint in, a model that answers as transformers does, a checkpoint out."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import tbjax
+from tbjax.sharding import leaves
+from tests import tiny
+
+CASE = tiny.BY_NAME["llama"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama")
+    tiny.save(CASE, path)
+    return path
+
+
+def same(ours, theirs) -> bool:
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
+
+
+def test_a_loaded_model_says_what_transformers_says(folder):
+    tokens, mask = tiny.batch(CASE)
+    model = tbjax.load(folder, mesh=(2, 2, 2), progress=False)
+    assert model.mesh.shape["tp"] == 2
+    assert model.tokenizer is None
+    with torch.no_grad():
+        theirs = tiny.make(CASE)(torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits.numpy()
+    kept = mask.astype(bool)
+    np.testing.assert_allclose(np.asarray(model(tokens, mask))[kept], theirs[kept], rtol=1e-3, atol=1e-4)
+
+
+def test_generation_is_transformers_greedy_search(folder):
+    tokens, _ = tiny.batch(CASE)
+    prompt = tokens[:1, :9]
+    model = tbjax.load(folder, mesh=(1, 4, 2), progress=False)
+    theirs = (
+        tiny.make(CASE)
+        .generate(
+            torch.tensor(prompt), attention_mask=torch.ones(1, 9), max_new_tokens=20, do_sample=False, pad_token_id=0
+        )[0, 9:]
+        .tolist()
+    )
+    eos = tiny.hf_config(CASE).eos_token_id
+    assert model.generate(prompt, max_new_tokens=20) == [theirs[: theirs.index(eos)] if eos in theirs else theirs]
+
+
+def test_saved_and_loaded_again_it_is_the_same(folder, tmp_path):
+    model = tbjax.load(folder, mesh=(2, 2, 2), progress=False)
+    tbjax.save(model, tmp_path / "hf")
+    assert same(tbjax.load(tmp_path / "hf", mesh=(1, 1, 8), progress=False), model)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), tiny.make(CASE).parameters(), strict=True))
+
+
+def test_a_dtype_is_taken_on_the_way(folder):
+    model = tbjax.load(folder, mesh=(1, 8, 1), dtype="bfloat16", progress=False)
+    wide = tbjax.load(folder, mesh=(1, 8, 1), progress=False)
+    assert {array.dtype for array in jax.tree.leaves(model)} == {jnp.dtype("bfloat16")}
+    assert same(model, jax.tree.map(lambda array: array.astype("bfloat16"), wide))
+
+
+def test_random_weights_are_the_same_on_every_mesh_and_born_where_they_lie():
+    config = tiny.hf_config(CASE).to_dict()
+    models = [tbjax.from_config(config, mesh, seed=5) for mesh in ((8, 1, 1), (2, 2, 2), (1, 1, 8))]
+    assert same(models[0], models[1])
+    assert same(models[0], models[2])
+    assert not same(models[0], tbjax.from_config(config, (8, 1, 1), seed=6))
+    assert models[2].head.weight[...].addressable_shards[0].data.shape == (128 // 8, 32)
+
+
+def test_a_config_is_taken_in_every_form(tmp_path):
+    config = tiny.hf_config(CASE)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    forms = (config, config.to_dict(), tmp_path / "config.json", str(tmp_path / "config.json"))
+    models = [tbjax.from_config(form, (8, 1, 1)) for form in forms]
+    assert all(model.config == models[0].config for model in models)
+    with pytest.raises(TypeError, match="int"):
+        tbjax.from_config(5)
+
+
+def test_a_model_without_a_hugging_face_config_says_so(tmp_path):
+    model = tbjax.from_config(tiny.our_config(CASE), (8, 1, 1))
+    with pytest.raises(ValueError, match="orbax"):
+        model.save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="'zip'"):
+        tbjax.save(model, tmp_path / "out", format="zip")
+    tbjax.save(model, tmp_path / "out", format="orbax")
+    assert tbjax.checkpoint.read_about(tmp_path / "out").config == model.config
+
+
+def test_what_stays_whole_is_named(caplog):
+    config = tiny.our_config(tiny.BY_NAME["llama"])
+    import dataclasses
+
+    odd = dataclasses.replace(config, heads=4, kv_heads=1, head_dim=36, mlp=8, vocab_size=128)
+    with caplog.at_level(logging.WARNING, logger="tbjax"):
+        model = tbjax.from_config(odd, (1, 1, 8))
+    named = [record.getMessage() for record in caplog.records]
+    assert any("attention.key.weight" in message and "tp" in message for message in named)
+    assert all("query" not in message for message in named)
+    assert model.stacks[0][0].attention.key.weight[...].addressable_shards[0].data.shape == (2, 36, 32)
+
+
+def test_a_mesh_that_the_model_does_not_fit_names_one_that_it_does(folder):
+    with pytest.raises(ValueError, match="would do"):
+        tbjax.from_config({**tiny.hf_config(CASE).to_dict(), "intermediate_size": 60}, (1, 1, 8))
+    with pytest.raises(ValueError, match="needs 4 devices, but there are 8"):
+        tbjax.load(folder, mesh=(1, 2, 2))
+
+
+def test_importing_is_light():
+    program = (
+        "import sys, tbjax; assert 'jax' not in sys.modules; tbjax.load, tbjax.from_config;"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_every_public_name_is_there():
+    assert set(tbjax.__all__) <= set(dir(tbjax))
+    for name in tbjax.__all__:
+        assert getattr(tbjax, name) is not None
+    with pytest.raises(AttributeError, match="'lode'"):
+        tbjax.lode  # noqa: B018
+
+
+def test_leaves_name_every_parameter_once(folder):
+    model = tbjax.load(folder, mesh=(8, 1, 1), progress=False)
+    paths = [leaf.path for leaf in leaves(model)]
+    assert len(set(paths)) == len(paths) == len(jax.tree.leaves(model))

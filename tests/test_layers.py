@@ -79,7 +79,7 @@ def test_an_unknown_split_is_refused():
         TensorParallelEmbedding(8, 8, split="rows")  # pyright: ignore[reportArgumentType]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 2, 3, 4, 8, 16]))
 def test_head_layouts_give_every_device_whole_heads_and_are_undone(kv_heads, queries, tp):
     layout = HeadLayout.fit(kv_heads * queries, kv_heads, tp)

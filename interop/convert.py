@@ -22,7 +22,6 @@ from rich.console import Console
 from tbjax.terminal import parse_mesh, provide_cpu_devices, readable_errors
 
 if TYPE_CHECKING:
-    from tbjax.api import CausalLM
     from tbjax.config import ModelConfig
 
 # JAX and all that needs it is imported where it is used: the help must not wait for it, and devices are chosen first.
@@ -102,39 +101,17 @@ def _convert(
     import jax
 
     import tbjax
-    from interop import companions
     from tbjax import checkpoint, placement
 
     began = time.perf_counter()
-    if checkpoint.is_checkpoint(source):
-        model = _restore(source, mesh, dtype)
-    else:
-        trusted = _may_read(source, revision, trust_pickle)
-        model = tbjax.load(source, mesh, dtype=dtype, revision=revision, trust_pickle=trusted, progress=not quiet)
-    if to == Format.HF:
-        model.save_pretrained(destination, overwrite=overwrite)
-    else:
-        origin = model.origin
-        files = companions.pack(origin.config, origin.generation_config, origin.tokenizer) if origin else {}
-        checkpoint.save(model, destination, companions=files, overwrite=overwrite)
+    trusted = checkpoint.is_checkpoint(source) or _may_read(source, revision, trust_pickle)
+    model = tbjax.load(source, mesh, dtype=dtype, revision=revision, trust_pickle=trusted, progress=not quiet)
+    tbjax.save(model, destination, to.value, overwrite=overwrite)
     if not quiet and jax.process_index() == 0:
         size = placement.readable(sum(array.nbytes for array in jax.tree.leaves(model)))
         Console(highlight=False, soft_wrap=True).print(
             f"{source} -> {destination} ({to}): {size} in {time.perf_counter() - began:.1f} s"
         )
-
-
-def _restore(path: str, mesh: Any, dtype: str | None) -> "CausalLM":
-    """An Orbax checkpoint of ours, with its dtype unless told otherwise."""
-    from interop import companions
-    from tbjax import api, checkpoint
-
-    about = checkpoint.read_about(path)
-    beside = companions.unpack(about.companions)
-    model = api.abstract(
-        about.config, mesh, dtype=dtype or _dtype(about), origin=None if beside is None else api.Origin(*beside)
-    )
-    return checkpoint.restore(model, path)
 
 
 def _print_plan(source: str, mesh: Any, dtype: str | None, revision: str | None, trust_pickle: bool) -> None:
@@ -143,7 +120,7 @@ def _print_plan(source: str, mesh: Any, dtype: str | None, revision: str | None,
 
     if checkpoint.is_checkpoint(source):
         about = checkpoint.read_about(source)
-        model = _on_paper(about.config, mesh, dtype or _dtype(about))
+        model = _on_paper(about.config, mesh, dtype or about.dtype)
     else:
         from interop.bindings import bindings, check_checkpoint, source_shapes
         from interop.families import Fields, family
@@ -201,10 +178,6 @@ def _may_read(source: str, revision: str | None, trust_pickle: bool) -> bool:
         f"{weights} is a pickle, which can carry a program. tbjax reads tensors from it and runs nothing, "
         "but a safetensors file would leave no doubt. Read it?"
     )
-
-
-def _dtype(about: Any) -> str:
-    return next(iter(about.parameters.values())).dtype.name
 
 
 def _spelled(mesh: Any) -> str:

@@ -7,7 +7,6 @@ a `Decoder` that also knows where it came from: its tokenizer, its Hugging Face 
 
 import dataclasses
 import functools
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from interop import companions
 from interop.families import Fields, family
 from interop.load import DEFAULT_BUDGET, load_parameters
 from tbjax import checkpoint, generate
@@ -164,21 +164,28 @@ def load(
     budget: int = DEFAULT_BUDGET,
     progress: bool = True,
 ) -> CausalLM:
-    """A Hugging Face checkpoint as a sharded model.
+    """A checkpoint as a sharded model.
 
-    `name_or_path` is a hub id, a folder, or a .safetensors or .gguf file. `mesh` is `(dp, fsdp, tp)`, a dict of axes, a
-    `jax.sharding.Mesh`, or None for all devices on fsdp. `dtype` defaults to the checkpoint's. Each process reads only
-    what its own devices hold, with at most `budget` bytes of host memory in flight.
+    `name_or_path` is a hub id, a folder, a .safetensors or .gguf file, or an Orbax checkpoint that tbjax wrote. `mesh`
+    is `(dp, fsdp, tp)`, a dict of axes, a `jax.sharding.Mesh`, or None for all devices on fsdp. `dtype` defaults to the
+    checkpoint's. Each process reads only what its own devices hold, with at most `budget` bytes of host memory in
+    flight.
     """
+    layout = {"sharding": sharding, "sequence_parallel": sequence_parallel, "scan": scan}
+    if checkpoint.is_checkpoint(name_or_path):
+        about = checkpoint.read_about(name_or_path)
+        beside = companions.unpack(about.companions)
+        origin = None if beside is None else Origin(*beside)
+        model = abstract(about.config, mesh, dtype=dtype or about.dtype, origin=origin, **layout)
+        return checkpoint.restore(model, name_or_path)
+
     from interop.source import resolve
 
     source = resolve(name_or_path, revision=revision, trust_pickle=trust_pickle)
     translation = family(source.config["model_type"])
     config = translation.config(Fields(source.config, f"{name_or_path}: config.json"))
     origin = Origin(source.raw_config, source.generation_config, source.tokenizer())
-    model = abstract(
-        config, mesh, dtype=dtype, origin=origin, sharding=sharding, sequence_parallel=sequence_parallel, scan=scan
-    )
+    model = abstract(config, mesh, dtype=dtype, origin=origin, **layout)
     with source.open() as files:
         return load_parameters(model, config, translation, files, budget=budget, progress=progress)
 
@@ -238,19 +245,11 @@ def save(model: CausalLM, path: str | Path, format: Literal["hf", "orbax"] = "hf
     if format == "hf":
         model.save_pretrained(path, **options)
     elif format == "orbax":
-        checkpoint.save(model, path, companions=_companions(model.origin), **options)
+        origin = model.origin
+        files = companions.pack(origin.config, origin.generation_config, origin.tokenizer) if origin else {}
+        checkpoint.save(model, path, companions=files, **options)
     else:
         raise ValueError(f"format={format!r}: tbjax writes 'hf' or 'orbax'.")
-
-
-def _companions(origin: Origin | None) -> dict[str, str]:
-    """What an Orbax checkpoint carries so that it can become a Hugging Face one again."""
-    if origin is None:
-        return {}
-    files = {"config.json": json.dumps(dict(origin.config))}
-    if origin.generation_config:
-        files["generation_config.json"] = json.dumps(dict(origin.generation_config))
-    return files
 
 
 def _hugging_face_config(config: Any) -> dict[str, Any]:

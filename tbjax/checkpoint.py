@@ -43,6 +43,11 @@ class About:
     companions: Mapping[str, str]  # file name -> text
     parameters: Mapping[str, jax.ShapeDtypeStruct]  # path -> shape and dtype as stored
 
+    @property
+    def dtype(self) -> str:
+        """The parameters' dtype: a model has one."""
+        return next(iter(self.parameters.values())).dtype.name
+
 
 def save(model: Any, path: str | Path, *, companions: Mapping[str, str] | None = None, overwrite: bool = False) -> None:
     """Write `model` (which has a `.config`) to the folder `path`. Every process calls this with the same arguments.

@@ -40,8 +40,8 @@ def generate(
     capacity = length + _bucket(max_new_tokens)
     first, cache = _prefill(model, tokens, mask, capacity)
     eos = np.asarray(sorted(set(eos_tokens)) or [-1], np.int32)
-    written = np.asarray(_decode(model, first, cache, eos, jnp.int32(max_new_tokens), capacity - length))
-    return [_until(row[:max_new_tokens].tolist(), set(eos.tolist())) for row in written]
+    written, _ = _decode(model, first, cache, eos, jnp.int32(max_new_tokens), capacity - length)
+    return [_until(row[:max_new_tokens].tolist(), set(eos.tolist())) for row in np.asarray(written)]
 
 
 @partial(jax.jit, static_argnames="capacity")
@@ -53,8 +53,11 @@ def _prefill(model: Decoder, tokens: jax.Array, mask: jax.Array, capacity: int) 
 
 
 @partial(jax.jit, static_argnames="room", donate_argnames="cache")
-def _decode(model: Decoder, first: jax.Array, cache: KVCache, eos: jax.Array, limit: jax.Array, room: int) -> jax.Array:
-    """[B, room]: `first`, then what follows, until every row has met one of `eos` or `limit` tokens are written."""
+def _decode(model: Decoder, first: jax.Array, cache: KVCache, eos: jax.Array, limit: jax.Array, room: int) -> Any:
+    """[B, room]: `first`, then what follows, until every row has met one of `eos` or `limit` tokens are written.
+
+    The cache is given back, so that it can be written in place.
+    """
 
     def unfinished(state: Any) -> jax.Array:
         written, _, _, done = state
@@ -71,7 +74,8 @@ def _decode(model: Decoder, first: jax.Array, cache: KVCache, eos: jax.Array, li
 
     out = jnp.zeros((first.shape[0], room), jnp.int32).at[:, :1].set(first)
     state = (jnp.int32(1), out, cache, jnp.isin(first[:, 0], eos))
-    return model.sharding.constrain(jax.lax.while_loop(unfinished, step, state)[1], None, None)
+    _, out, cache, _ = jax.lax.while_loop(unfinished, step, state)
+    return model.sharding.constrain(out, None, None), cache
 
 
 def _best(model: Decoder, states: jax.Array) -> jax.Array:

@@ -99,6 +99,17 @@ def test_a_model_without_a_hugging_face_config_says_so(tmp_path):
         tbjax.save(model, tmp_path / "out", format="zip")
     tbjax.save(model, tmp_path / "out", format="orbax")
     assert tbjax.checkpoint.read_about(tmp_path / "out").config == model.config
+    assert same(tbjax.load(tmp_path / "out", mesh=(1, 1, 8)), model)
+
+
+def test_an_orbax_checkpoint_loads_like_any_other(folder, tmp_path):
+    model = tbjax.load(folder, mesh=(2, 2, 2), progress=False)
+    tbjax.save(model, tmp_path / "orbax", format="orbax")
+    again = tbjax.load(tmp_path / "orbax", mesh=(1, 4, 2))
+    assert same(again, model)
+    assert again.origin.config == model.origin.config
+    narrow = tbjax.load(tmp_path / "orbax", mesh=(1, 4, 2), dtype="bfloat16")
+    assert same(narrow, jax.tree.map(lambda array: array.astype("bfloat16"), model))
 
 
 def test_what_stays_whole_is_named(caplog):

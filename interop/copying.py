@@ -8,6 +8,8 @@ touch of the fresh pages that are written to, all the ways of reading a warm fil
 interpreter lock meanwhile, so threads help.
 """
 
+import math
+import mmap
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -87,10 +89,20 @@ def copy(target: np.ndarray, source: np.ndarray) -> None:
 def aligned(shape: Sequence[int], dtype: np.dtype, *, zeroed: bool = False) -> np.ndarray:
     """A new array whose memory JAX's CPU backend takes over as it is (which needs 64-byte alignment)."""
     alignment = 64
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     memory = (np.zeros if zeroed else np.empty)(size + alignment, np.uint8)
     start = -memory.ctypes.data % alignment
     return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def passing(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """A new array of zeros whose memory goes back to the system the moment it is let go.
+
+    The allocator would keep it for its next use, in an arena for each thread, so that what many short-lived pieces of
+    different sizes hold could grow to several times what is in use.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8, size).view(dtype).reshape(shape)
 
 
 def _goes_down(array: np.ndarray) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from interop.bindings import Binding, rectangles
-from interop.copying import Move, aligned, blocks, fill
+from interop.copying import Move, aligned, blocks, fill, passing
 from interop.readers.base import Index, SourceTensor
 
 # What a type checker can be told of `jax.Device`, which is no class to it.
@@ -104,9 +104,8 @@ class HostDestination:
 class DeviceDestination:
     """Shards on their devices, written piece by piece through the host."""
 
-    def __init__(self, struct: jax.ShapeDtypeStruct, *, padded: bool, budget: int) -> None:
+    def __init__(self, struct: jax.ShapeDtypeStruct, *, budget: int) -> None:
         self._struct = struct
-        self._padded = padded
         self._budget = budget
         self._shards = local_shards(struct.shape, struct.sharding)
         self._arrays: dict[Device, jax.Array] = {}
@@ -141,7 +140,7 @@ class DeviceDestination:
         lead = len(binding.part)
         moves, pieces = [], []
         for shard, found in group:
-            piece = aligned(shard.shape[lead:], np.dtype(self._struct.dtype), zeroed=self._padded)
+            piece = passing(shard.shape[lead:], np.dtype(self._struct.dtype))
             moves += [_move(rectangle._replace(target=rectangle.target[lead:]), piece, binding) for rectangle in found]
             pieces.append(piece)
         fill(source, moves)

@@ -123,7 +123,7 @@ def _destinations(abstract: Any, config: ModelConfig, staged: bool | None, budge
         padded = "vocab" in dims and config.vocab_size != config.padded_vocab
         on_device = any(d.platform != "cpu" for d in struct.sharding.device_set) if staged is None else staged
         if on_device:
-            found[path] = DeviceDestination(struct, padded=padded, budget=budget)
+            found[path] = DeviceDestination(struct, budget=budget)
         else:
             found[path] = HostDestination(struct, padded=padded)
     return found

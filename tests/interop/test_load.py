@@ -143,7 +143,7 @@ def test_no_staged_job_holds_more_than_the_budget_or_one_slice(budget):
     structs = dict(zip(by_table.paths(model), jax.tree.leaves(model), strict=True))
     checkpoint = MemoryCheckpoint(tiny.tensors(LLAMA))
     for binding in bindings(model, config, LLAMA.family):
-        destination = destinations.DeviceDestination(structs[binding.path], padded=False, budget=budget)
+        destination = destinations.DeviceDestination(structs[binding.path], budget=budget)
         piece = max(np.prod(shard.shape[len(binding.part) :]) * 4 for shard in destination._shards)
         jobs = list(destination.jobs(binding, checkpoint[binding.source]))
         assert all(job.holds <= max(budget, piece) for job in jobs)

@@ -32,6 +32,15 @@ DEVICES = math.prod(MESH)
 CHUNK = 8 << 20
 
 
+class Task(NamedTuple):
+    """What to load, and with what."""
+
+    path: Path
+    threads: int
+    budget: int
+    dtype: str | None
+
+
 class Loaded(NamedTuple):
     """What a contender made."""
 
@@ -39,29 +48,28 @@ class Loaded(NamedTuple):
     owner: Any  # what keeps them alive
 
 
-def tbjax(path: Path, threads: int, budget: int) -> Loaded:
+def tbjax(task: Task) -> Loaded:
     import tbjax as library
 
-    dtype = "float32" if path.suffix == ".gguf" else None  # as transformers does
-    model = library.load(path, mesh=MESH, dtype=dtype, budget=budget, trust_pickle=True, progress=False)
+    model = library.load(task.path, mesh=MESH, dtype=task.dtype, budget=task.budget, trust_pickle=True, progress=False)
     return _jax_arrays(model)
 
 
-def transformers(path: Path, threads: int, budget: int) -> Loaded:
+def transformers(task: Task) -> Loaded:
     import torch
     import transformers as library
 
-    torch.set_num_threads(threads)
-    if path.suffix == ".gguf":
-        model = library.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    else:
-        model = library.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    torch.set_num_threads(task.threads)
+    folder, options = task.path, {}
+    if task.path.suffix == ".gguf":
+        folder, options = task.path.parent, {"gguf_file": task.path.name}
+    model = library.AutoModelForCausalLM.from_pretrained(folder, dtype=task.dtype or "auto", **options)
     unique = {tensor.data_ptr(): tensor.detach() for tensor in model.parameters()}
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return Loaded([tensor.view(integers[tensor.itemsize]).numpy() for tensor in unique.values()], model)
 
 
-def orbax(path: Path, threads: int, budget: int) -> Loaded:
+def orbax(task: Task) -> Loaded:
     """Orbax's reader of safetensors: the tensors under their own names, cut like ours wherever two dimensions allow."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
@@ -72,7 +80,7 @@ def orbax(path: Path, threads: int, budget: int) -> Loaded:
     kinds = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh(MESH[1:], ("fsdp", "tp"), axis_types=kinds)
     specs = {1: PartitionSpec(), 2: PartitionSpec("tp", "fsdp")}
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(task.path) as checkpoint:
         abstract = {
             name: jax.ShapeDtypeStruct(
                 tensor.shape, tensor.dtype, sharding=NamedSharding(mesh, specs[len(tensor.shape)])
@@ -82,25 +90,25 @@ def orbax(path: Path, threads: int, budget: int) -> Loaded:
     context = library.Context()
     context.checkpoint_layout = library.options.CheckpointLayout.SAFETENSORS
     with context:
-        return _jax_arrays(library.load_pytree(path, abstract))
+        return _jax_arrays(library.load_pytree(task.path, abstract))
 
 
-def raw_preadv(path: Path, threads: int, budget: int) -> Loaded:
+def raw_preadv(task: Task) -> Loaded:
     """The limit: chunks of the file read into one fresh array, each by the next free thread."""
-    return _raw(path, threads, _pread)
+    return _raw(task, _pread)
 
 
-def raw_stretches(path: Path, threads: int, budget: int) -> Loaded:
+def raw_stretches(task: Task) -> Loaded:
     """The limit: as many stretches of the file as threads."""
-    return _raw(path, threads, _pread, stretches=True)
+    return _raw(task, _pread, stretches=True)
 
 
-def raw_map(path: Path, threads: int, budget: int) -> Loaded:
+def raw_map(task: Task) -> Loaded:
     """The limit: chunks copied from a mapping of the file."""
-    return _raw(path, threads, _copy_mapped)
+    return _raw(task, _copy_mapped)
 
 
-CONTENDERS: dict[str, Callable[[Path, int, int], Loaded]] = {
+CONTENDERS: dict[str, Callable[[Task], Loaded]] = {
     function.__name__: function for function in (tbjax, transformers, orbax, raw_preadv, raw_stretches, raw_map)
 }
 LOADERS = ("tbjax", "transformers", "orbax")
@@ -108,7 +116,14 @@ LIMITS = ("raw_preadv", "raw_stretches", "raw_map")
 
 # Loaded before the clock starts, so that it measures loading.
 IMPORTS = {
-    "tbjax": ("tbjax", "transformers", "interop.load", "interop.source", "gguf", "torch"),
+    "tbjax": (
+        "tbjax.api",
+        "transformers.models.llama.configuration_llama",
+        "interop.load",
+        "interop.source",
+        "gguf",
+        "torch",
+    ),
     "transformers": ("torch", "transformers", "transformers.models.llama.modeling_llama", "gguf", "accelerate"),
     "orbax": ("orbax.checkpoint.experimental.v1", "interop.readers"),
 }
@@ -120,7 +135,11 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--budget", type=int, required=True)
+    parser.add_argument("--dtype")
+    parser.add_argument("--backed", type=int, default=0, help="bytes to write and let go before the clock starts")
+    parser.add_argument("--settle", type=float, default=0, help="seconds to wait before the clock starts")
     arguments = parser.parse_args()
+    task = Task(arguments.path, arguments.threads, arguments.budget, arguments.dtype)
     for name in IMPORTS.get(arguments.contender, ()):
         importlib.import_module(name)
     if arguments.contender in ("tbjax", "orbax"):
@@ -128,10 +147,12 @@ def main() -> None:
 
         # A first array and a first program: the threads and pools that they start belong to no contender.
         jax.block_until_ready(jax.jit(lambda x: x + 1)(jax.device_put(np.ones(8), jax.devices()[0])))
+    time.sleep(arguments.settle)
+    np.ones(arguments.backed, np.uint8)
     with AnonymousMemory() as memory:
         began = time.perf_counter()
-        loaded = CONTENDERS[arguments.contender](arguments.path, arguments.threads, arguments.budget)
-        touch(loaded.arrays, arguments.threads)
+        loaded = CONTENDERS[arguments.contender](task)
+        touch(loaded.arrays, task.threads)
         seconds = time.perf_counter() - began
     weights = sum(array.nbytes for array in loaded.arrays)
     print(json.dumps({"seconds": seconds, "weight_bytes": weights, "peak_bytes": memory.peak - memory.before}))
@@ -167,15 +188,16 @@ def _jax_arrays(tree: Any) -> Loaded:
     return Loaded(shards, tree)
 
 
-def _raw(path: Path, threads: int, read: "Read", stretches: bool = False) -> Loaded:
+def _raw(task: Task, read: "Read", stretches: bool = False) -> Loaded:
+    path = task.path
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     arrays = []
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(task.threads) as pool:
         futures = []
         for name in files:
             file = stack.enter_context(name.open("rb", buffering=0))
             array = np.empty(name.stat().st_size, np.uint8)
-            step = -(-array.size // threads) if stretches else CHUNK
+            step = -(-array.size // task.threads) if stretches else CHUNK
             futures += [pool.submit(read, file, array[at : at + step], at) for at in range(0, array.size, step)]
             arrays.append(array)
         for future in futures:

@@ -76,7 +76,7 @@ PUBLISHED = {
                     layer_kinds=(LayerKind(sparse=True),) * 32), 46.70, 12.88),
     "Falcon-180B": (
         ModelConfig(**ANY, vocab_size=65024, embed=14848, mlp=59392, heads=232, kv_heads=8, head_dim=64,
-                    norm="layer", block="parallel", gated_mlp=False, layer_kinds=(LayerKind(),) * 80), 179.5226, 179.5226),
+                    norm="layer", block="parallel", gated_mlp=False, layer_kinds=(LayerKind(),) * 80), 179.52, 179.52),
 }  # fmt: skip
 
 

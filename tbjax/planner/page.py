@@ -1,0 +1,372 @@
+"""A plan as one HTML file that needs nothing else, and as a fragment of one for notebooks.
+
+The page is a function of the plan's public attributes. It has no scripts, fonts, images or addresses outside itself
+(its own Content-Security-Policy forbids them), so it can be mailed, opened on a phone and printed. Drawings have a text
+alternative, bars have letters that the tables beside them explain, and every number in a picture also stands in a
+table.
+"""
+
+import importlib.metadata
+import importlib.resources
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from tbjax.planner import drawing, floor, words
+from tbjax.planner.markup import Child, Markup, element
+
+if TYPE_CHECKING:
+    from tbjax.planner.plan import Plan
+    from tbjax.planner.search import Candidate
+    from tbjax.planner.verify import Verification
+
+# Colours of the style sheet; a plan with more parts begins again, which the letters keep apart.
+COLOURS = 10
+
+# A letter needs so much of a bar: 16 of about 320 pixels, on a phone.
+LEGIBLE_SHARE = 0.05
+
+# Runners-up drawn beside the plan.
+RUNNERS_UP = 5
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def page(plan: "Plan", verification: "Verification | None" = None) -> str:
+    """The whole page. With a verification, what the compiler said stands beside what was predicted."""
+    sections = [
+        _head(plan),
+        _in_words(plan),
+        _mesh(plan),
+        _memory(plan),
+        _time(plan),
+        _timeline(plan),
+        _verified(plan, verification),
+        _runners_up(plan),
+        _rejected(plan),
+        _hardware(plan),
+        _foot(plan),
+    ]
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return "<!DOCTYPE html>\n" + element(
+        "html",
+        element(
+            "head",
+            element("meta", charset="utf-8"),
+            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            element("meta", name="color-scheme", content="light dark"),
+            element("meta", http_equiv="Content-Security-Policy", content=policy),
+            element("title", f"{words.model(plan.config)} on {words.machine(plan.cluster)}"),
+            element("style", Markup("body { margin: 0; }\n" + _style())),
+        ),
+        element("body", element("main", element("div", sections, class_="sheet"), class_="tbjax-plan page")),
+        lang="en",
+    )
+
+
+def fragment(plan: "Plan") -> str:
+    """What a notebook shows of a plan: the figures, the mesh, memory and time, with styles that touch nothing else."""
+    content = [_head(plan), _mesh(plan), _memory(plan), _time(plan)]
+    return element(
+        "div", element("style", Markup(_style())), element("div", content, class_="sheet"), class_="tbjax-plan fragment"
+    )
+
+
+def _style() -> str:
+    return importlib.resources.files("tbjax.planner").joinpath("page.css").read_text(encoding="utf-8")
+
+
+# The sections, in their order.
+
+
+def _head(plan: "Plan") -> Markup:
+    task = "Training plan" if plan.workload.training else "Serving plan"
+    return element(
+        "header",
+        element("div", task, class_="eyebrow"),
+        element("h1", f"{words.model(plan.config)} on {words.machine(plan.cluster)}"),
+        element("p", words.verdict(plan), class_=f"verdict {'good' if plan.fits else 'bad'}"),
+        element(
+            "dl",
+            [
+                element("div", element("dt", name), element("dd", figure, element("small", note) if note else None))
+                for name, figure, note in words.figures(plan)
+            ],
+            class_="figures",
+        ),
+    )
+
+
+def _in_words(plan: "Plan") -> Markup:
+    return _section("In words", [element("p", sentence) for sentence in words.summary(plan)])
+
+
+def _mesh(plan: "Plan") -> Markup:
+    layout, cluster = plan.layout, plan.cluster
+    axes = [
+        (axis, size, words.lies(axis, layout, cluster), words.cuts(axis, layout))
+        for axis, size in layout.mesh.items()
+        if size > 1
+    ]
+    table = _table(("Axis", "#Size", "Lies", "Cuts"), axes) if axes else element("p", "One device: nothing is cut.")
+    return _section("The mesh", table, _torus(plan) if cluster.topology else _nodes(plan))
+
+
+def _nodes(plan: "Plan") -> Markup:
+    layout, cluster = plan.layout, plan.cluster
+    axis = drawing.grouped_axis(layout)
+    parts: list[Child] = []
+    for row in drawing.rows(layout, cluster):
+        boxes = [
+            element(
+                "figure",
+                element("figcaption", element("b", box.title), f"  {box.shared}" if box.shared else None),
+                box.picture,
+            )
+            for box in row.boxes
+        ]
+        if row.hidden:
+            more = element("p", f"and {words.count(row.hidden)} more between", class_="note more")
+            boxes.insert(-1, more)
+        parts.append([element("h3", row.title) if row.title else None, element("div", boxes, class_="boxes")])
+    note = f"One frame, in one colour: a group of {layout.mesh[axis]} along {axis}." if layout.devices > 1 else None
+    return element("div", parts, element("p", note, class_="note") if note else None, class_="drawing")
+
+
+def _torus(plan: "Plan") -> Markup:
+    layout, cluster = plan.layout, plan.cluster
+    carried = [
+        (name, size, drawing.carried(name, layout, cluster), "a ring" if wraps else "a line")
+        for (name, size), wraps in zip(_torus_dimensions(plan).items(), cluster.wraps, strict=True)
+    ]
+    axis = drawing.grouped_axis(layout)
+    notes = [f"Chips of one colour, side by side, are a group along {axis}."]
+    if cluster.slices > 1:
+        notes.append(f"One of {cluster.slices} slices, which are alike.")
+    if cluster.hardware.devices_per_chip > 1:
+        notes.append(f"Each chip is {cluster.hardware.devices_per_chip} devices.")
+    return element(
+        "div",
+        element(
+            "div",
+            element("div", drawing.torus(layout, cluster), class_="scroll"),
+            _table(("Dimension", "#Chips", "Carries", "Closes to"), carried),
+            class_="torus",
+        ),
+        element("p", " ".join(notes), class_="note"),
+        class_="drawing",
+    )
+
+
+def _torus_dimensions(plan: "Plan") -> dict[str, int]:
+    return {name: size for name, size in floor.dimensions(plan.cluster).items() if name in "xyz"}
+
+
+def _memory(plan: "Plan") -> Markup:
+    limit = plan.cluster.hardware.usable
+    contenders = [("This plan", plan), *_named_runners_up(plan)]
+    longest = max(limit, *(candidate.memory.total for _, candidate in contenders))
+    keys = _keys(part for _, candidate in contenders for part in candidate.memory.parts)
+    bars = [
+        _bar(
+            f"{name}: {words.mesh(candidate.layout)}, {words.options(candidate.layout)}",
+            f"{words.gib(candidate.memory.total)} of {words.gib(limit)}",
+            candidate.memory.parts,
+            keys,
+            longest,
+            words.gib,
+            limit=limit,
+        )
+        for name, candidate in contenders
+    ]
+    rows = [
+        (_key(part, keys), words.gib(size), words.share(size, plan.memory.total))
+        for part, size in plan.memory.parts.items()
+    ]
+    foot = [("In all", words.gib(plan.memory.total), ""), ("A program may hold", words.gib(limit), "")]
+    if plan.memory.host:
+        foot.append(("In the host's memory, per device", words.gib(plan.memory.host), ""))
+    return _section(
+        f"Memory of one {words.device(plan.cluster)}",
+        element(
+            "div",
+            element(
+                "div",
+                element("div", bars, class_="bars"),
+                element("p", "The upright line is what a program may hold.", class_="note"),
+            ),
+            _table(("This plan", "#Size", "#Share"), rows, foot),
+            class_="beside",
+        ),
+    )
+
+
+def _time(plan: "Plan") -> Markup:
+    time = plan.time
+    keys = _keys(time.parts)
+    spent = sum(time.parts.values())
+    what = "A step" if plan.workload.training else "All of it"
+    rows = [(_key(part, keys), words.seconds(size), words.share(size, spent)) for part, size in time.parts.items()]
+    foot = [("In all", words.seconds(time.total), "")]
+    if not plan.workload.training:
+        foot += [("Prefill", words.seconds(time.prefill), ""), ("One new token", words.seconds(time.decode), "")]
+    bar = _bar(what, words.seconds(time.total), time.parts, keys, spent, words.seconds)
+    return _section(
+        "Time of a step" if plan.workload.training else "Time to serve",
+        element(
+            "div",
+            element("div", bar, class_="bars"),
+            _table(("Part", "#Time", "#Share"), rows, foot),
+            class_="beside",
+        ),
+    )
+
+
+def _timeline(plan: "Plan") -> Markup | None:
+    return None
+
+
+def _verified(plan: "Plan", verification: "Verification | None") -> Markup | None:
+    return None
+
+
+def _runners_up(plan: "Plan") -> Markup | None:
+    runners_up = _named_runners_up(plan)
+    if not runners_up:
+        return None
+    rows = [
+        (
+            name,
+            words.mesh(candidate.layout),
+            words.options(candidate.layout),
+            words.gib(candidate.memory.total),
+            words.seconds(candidate.time.total),
+        )
+        for name, candidate in [("This plan", plan), *runners_up]
+    ]
+    head = ("", "Mesh", "With", "#Memory", "#Time")
+    return _section("Runners-up", _table(head, rows, chosen=0))
+
+
+def _rejected(plan: "Plan") -> Markup | None:
+    if not plan.rejected:
+        return None
+    rows = [
+        (rejection.reason, words.count(rejection.count), words.spelled_sizes(rejection.example))
+        for rejection in plan.rejected
+    ]
+    total = sum(rejection.count for rejection in plan.rejected)
+    return _section(
+        "Why not otherwise",
+        element("p", f"{words.count(total)} meshes were turned down."),
+        _table(("Reason", "#Meshes", "For example"), rows),
+    )
+
+
+def _hardware(plan: "Plan") -> Markup | None:
+    sources = plan.cluster.hardware.sources
+    if not sources:
+        return None
+    rows = [(words.title(figure), source) for figure, source in sources.items()]
+    return element(
+        "section",
+        element(
+            "details", element("summary", "Where the figures of the hardware stand"), _table(("Figure", "Source"), rows)
+        ),
+    )
+
+
+def _foot(plan: "Plan") -> Markup:
+    version = importlib.metadata.version("tbjax")
+    return element("footer", f"Predicted by tbjax {version} for {plan.cluster}.", class_="note")
+
+
+# What the sections are made of.
+
+
+def _section(heading: str, *content: Child) -> Markup:
+    return element("section", element("h2", heading), *content)
+
+
+def _table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[Child]],
+    foot: Iterable[Sequence[Child]] = (),
+    chosen: int | None = None,
+) -> Markup:
+    """A table that scrolls in its own box. The columns whose head begins with # are numbers."""
+    numbers = [name.startswith("#") for name in head]
+
+    def row(cells: Sequence[Child], marked: bool = False) -> Markup:
+        return element(
+            "tr",
+            element("th", cells[0], scope="row"),
+            [
+                element("td", cell, class_="number" if number else None)
+                for cell, number in zip(cells[1:], numbers[1:], strict=True)
+            ],
+            class_="chosen" if marked else None,
+        )
+
+    heads = [
+        element("th", name.lstrip("#"), scope="col", class_="number" if number else None)
+        for name, number in zip(head, numbers, strict=True)
+    ]
+    footing = [row(cells) for cells in foot]
+    table = element(
+        "table",
+        element("thead", element("tr", heads)),
+        element("tbody", [row(cells, index == chosen) for index, cells in enumerate(rows)]),
+        element("tfoot", footing) if footing else None,
+    )
+    return element("div", table, class_="scroll", tabindex=0)
+
+
+def _keys(parts: Iterable[str]) -> dict[str, int]:
+    """A number for each part, in the order in which they are met."""
+    return {part: index for index, part in enumerate(dict.fromkeys(parts))}
+
+
+def _letter(part: str, keys: Mapping[str, int]) -> str:
+    return LETTERS[keys[part] % len(LETTERS)]
+
+
+def _key(part: str, keys: Mapping[str, int]) -> Markup:
+    """The letter of a part in its colour, and its name."""
+    swatch = element("span", _letter(part, keys), class_=f"key c{keys[part] % COLOURS}", aria_hidden="true")
+    return element("span", swatch, words.title(part), class_="whole")
+
+
+def _bar(
+    name: str,
+    total: str,
+    parts: Mapping[str, float],
+    keys: Mapping[str, int],
+    longest: float,
+    written,
+    limit: float | None = None,
+) -> Markup:
+    """One stacked bar, under what it is the bar of."""
+    longest = longest or 1.0
+    segments = [
+        element(
+            "span",
+            _letter(part, keys) if size / longest >= LEGIBLE_SHARE else None,
+            class_=f"c{keys[part] % COLOURS}",
+            style=f"width: {100 * size / longest:.3f}%",
+            title=f"{words.title(part)}: {written(size)}",
+        )
+        for part, size in parts.items()
+        if size > 0
+    ]
+    spoken = ", ".join(f"{words.title(part)} {written(size)}" for part, size in parts.items() if size > 0)
+    mark = element("div", class_="limit", style=f"left: calc({100 * limit / longest:.3f}% - 2px)") if limit else None
+    return element(
+        "div",
+        element("div", element("span", name), element("span", total), class_="bar-name"),
+        element("div", element("div", segments, class_="stack"), mark, class_="track", role="img", aria_label=spoken),
+    )
+
+
+def _named_runners_up(plan: "Plan") -> list[tuple[str, "Candidate"]]:
+    others = [candidate for candidate in plan.candidates if candidate.layout != plan.layout]
+    return [(f"No. {place}", candidate) for place, candidate in enumerate(others[:RUNNERS_UP], start=2)]

@@ -17,8 +17,10 @@ from typing import Literal, TypeAlias, get_args
 Vendor: TypeAlias = Literal["nvidia", "google", "cpu"]
 Shape: TypeAlias = tuple[int, ...]
 
-KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
+MiB, GiB = 1 << 20, 1 << 30
 GB, TB = 10**9, 10**12
+TFLOPS = 10**12
+MICROSECOND = 1e-6
 
 # Rates without which nothing can be priced; others (float16, float8, int8, ...) are there where the device has them.
 NEEDED_RATES = ("float32", "bfloat16")
@@ -115,6 +117,11 @@ class Hardware:
 # of 16 x 16. https://jax-ml.github.io/scaling-book/tpus, "TPU Networking".
 CUBE = 4
 PLANE = 16
+
+
+def gigabits(rate: float) -> float:
+    """Bytes per second of a network port sold as `rate` Gb/s."""
+    return rate * GB / 8
 
 
 def _finite(value: object) -> bool:

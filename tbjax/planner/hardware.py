@@ -106,6 +106,16 @@ class Cluster:
         """Which dimensions of the topology close into rings; none where there is no torus."""
         return self.hardware.wraps(self.topology) if self.topology else ()
 
+    @property
+    def libtpu_topology(self) -> dict[str, Any]:
+        """The arguments of `jax.experimental.topologies.get_topology_desc` for one slice of this cluster."""
+        if not self.topology:
+            raise ValueError(f"{self} has no TPU topology.")
+        arguments = {"topology_name": f"{self.hardware.name}:{spell(self.topology)}", **self.hardware.target}
+        if math.prod(self.topology) == 1:
+            arguments["chips_per_host_bounds"] = (1, 1, 1)  # hosts have 2x2 chips, unless it is told otherwise
+        return arguments
+
     def __str__(self) -> str:
         if self.topology:
             return f"{self.hardware.name}:{f'{self.slices}*' if self.slices > 1 else ''}{spell(self.topology)}"
@@ -255,6 +265,8 @@ def _at_hand() -> Cluster:
         extent = tuple(len({device.coords[axis] for device in devices}) for axis in range(3))
         return _slice(kind, slices, extent[: kind.torus])
     per_host = collections.Counter(device.process_index for device in devices)
+    if len(set(per_host.values())) > 1:
+        raise ValueError(f"the processes at hand have {sorted(per_host.values())} devices: each needs equally many.")
     return Cluster(hardware=kind, hosts=len(per_host), devices_per_host=max(per_host.values()))
 
 
@@ -264,6 +276,10 @@ def _cpu_at_hand(devices: Sequence[Any]) -> Cluster:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     per_host = len(devices) // hosts
     record = dataclasses.replace(
-        RECORDS["cpu"], memory=memory // per_host, host_memory=memory, sources={"memory": "this machine's, shared"}
+        RECORDS["cpu"],
+        memory=memory // per_host,
+        devices_per_host=per_host,
+        host_memory=memory,
+        sources={"memory": "this machine's, shared by its devices"},
     )
     return Cluster(hardware=record, hosts=hosts, devices_per_host=per_host)

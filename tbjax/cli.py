@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from interop.convert import Dtype, convert
+from tbjax.pipeline.command import pipeline
 from tbjax.terminal import parse_mesh, provide_cpu_devices, readable_errors
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
     help="Any Hugging Face decoder, sharded over any mesh of NVIDIA GPUs or TPUs.",
 )
 app.command()(convert)
+app.command()(pipeline)
 
 
 @app.command()

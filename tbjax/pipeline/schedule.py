@@ -213,8 +213,8 @@ class ZBH2(Schedule):
 class ZBV(Schedule):
     """Two chunks a stage, placed in a V: where F, B and W take equally long, no bubble in 1F1B's memory.
 
-    (Qi et al. 2024.) The first stage holds the first piece and the last, so it may begin a microbatch's backward as soon as its forward
-    has come back. The steady state is F B W of the one chunk, then F B W of the other.
+    The first stage holds the first piece of the model and the last, so it may begin a microbatch's backward as soon as
+    its forward has come back. The steady state is F B W of the one chunk, then F B W of the other (Qi et al. 2024).
     """
 
     name = "zb-v"

@@ -6,8 +6,8 @@ their coordinates written on them. Of thousands of nodes a few are drawn and the
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 from tbjax.mesh import AXES
 from tbjax.planner import floor, words
@@ -29,11 +29,16 @@ GAP = 4
 FRAME = 8
 
 # A torus is fitted into this much of a phone's width, and its height kept in proportion.
-TORUS_WIDTH, TORUS_HEIGHT = 300, 300
+TORUS_WIDTH, TORUS_HEIGHT = 220, 300
 LARGEST_CELL = 30
+TOP = 12.0
 
 # A 2-D slice is a grid of squares of this size: 16 x 16 of them fit a phone.
 PLANE_CELL = 20
+
+
+# The colour of the chip at so much of each dimension.
+Colour: TypeAlias = Callable[..., str]
 
 
 class Box(NamedTuple):
@@ -165,7 +170,7 @@ def torus(layout: Layout, cluster: Cluster) -> Markup:
 
     if len(sizes) == 2:
         return _plane(sizes, colour, axis, folded, spoken)
-    return _block(sizes, colour, spoken)
+    return _block(sizes, colour, {name: f"{name}: {carried(name, layout, cluster)}" for name in sizes}, spoken)
 
 
 def carried(dimension: str, layout: Layout, cluster: Cluster) -> str:
@@ -175,36 +180,39 @@ def carried(dimension: str, layout: Layout, cluster: Cluster) -> str:
     return words.TIMES.join(axes) or "nothing"
 
 
-def _plane(sizes: Mapping[str, int], colour, axis: str, folded, spoken: str) -> Markup:
+def _plane(
+    sizes: Mapping[str, int], colour: Colour, axis: str, folded: Mapping[str, Mapping[str, int]], spoken: str
+) -> Markup:
     """A 2-D slice from above: x to the right, y down, on every chip its position on the coloured axis."""
+    left, top, side = 3.0 * FRAME, 3.0 * FRAME, PLANE_CELL - 2.0
     cells = []
     for y in range(sizes["y"]):
         for x in range(sizes["x"]):
-            left, top = 2.0 * FRAME + x * PLANE_CELL, 2.0 * FRAME + y * PLANE_CELL
-            kind, side = colour(x=x, y=y), PLANE_CELL - 2.0
-            cells.append(element("rect", class_=f"device {kind}", x=left, y=top, width=side, height=side, rx=3))
+            kind, corner = colour(x=x, y=y), {"x": left + x * PLANE_CELL, "y": top + y * PLANE_CELL}
+            cells.append(element("rect", class_=f"device {kind}", width=side, height=side, rx=3, **corner))
             place = floor.chip_coordinates({"x": x, "y": y}, folded)[axis]
-            text = {"x": left + side / 2, "y": top + side / 2 + 3.5}
             if place < 100:  # three digits do not fit
-                cells.append(element("text", place, class_=f"label small on-{kind}", **text))
-    right, bottom = 2 * FRAME + sizes["x"] * PLANE_CELL, 2 * FRAME + sizes["y"] * PLANE_CELL
+                middle = {"x": corner["x"] + side / 2, "y": corner["y"] + side / 2 + 3.5}
+                cells.append(element("text", place, class_=f"label small on-{kind}", **middle))
     names = [
-        element("text", "x →", class_="axis", x=2.0 * FRAME + 10, y=FRAME + 3),
-        element("text", "y ↓", class_="axis", x=FRAME - 1, y=2.0 * FRAME + 26),
+        element("text", "x →", class_="axis", x=left + 12, y=top - 7),
+        element("text", "y", class_="axis", x=left - 12, y=top + 13),
+        element("text", "↓", class_="axis", x=left - 12, y=top + 28),
     ]
-    return _svg(right + FRAME, bottom + FRAME, spoken, cells, names)
+    return _svg(left + sizes["x"] * PLANE_CELL + FRAME, top + sizes["y"] * PLANE_CELL + FRAME, spoken, cells, names)
 
 
-def _block(sizes: Mapping[str, int], colour, spoken: str) -> Markup:
+def _block(sizes: Mapping[str, int], colour: Colour, labels: Mapping[str, str], spoken: str) -> Markup:
     """A 3-D slice in isometric view: the three faces that are seen, one diamond a chip."""
     X, Y, Z = sizes.values()
     wide, high = math.cos(math.pi / 6), 0.5
     cell = min(LARGEST_CELL, TORUS_WIDTH / ((X + Y) * wide), TORUS_HEIGHT / ((X + Y) * high + Z))
-    margin = 3.0 * FRAME
+    # Room for the longest label on either side.
+    margin = max(24.0, 14 + CHARACTER * 1.15 * max(map(len, labels.values())))
 
     def at(x: int, y: int, z: int) -> str:
         across, down = (x - y + Y) * wide * cell, ((x + y) * high + Z - z) * cell
-        return f"{across + margin:.1f},{down + margin:.1f}"
+        return f"{across + margin:.1f},{down + TOP:.1f}"
 
     def face(kind: str, shade: str, *corners: tuple[int, int, int]) -> Markup:
         return element("polygon", class_=f"chip {kind} {shade}", points=" ".join(at(*corner) for corner in corners))
@@ -222,16 +230,16 @@ def _block(sizes: Mapping[str, int], colour, spoken: str) -> Markup:
             square = (X, y, z), (X, y + 1, z), (X, y + 1, z + 1), (X, y, z + 1)
             faces.append(face(colour(x=X - 1, y=y, z=z), "right", *square))
 
-    def name(text: str, across: float, down: float) -> Markup:
-        return element("text", text, class_="axis", x=across + margin, y=down + margin)
+    def label(name: str, anchor: str, across: float, down: float) -> Markup:
+        return element("text", labels[name], class_=f"axis {anchor}", x=across + margin, y=down + TOP)
 
     width, height = (X + Y) * wide * cell, ((X + Y) * high + Z) * cell
     names = [
-        name("x", X / 2 * wide * cell - 12, ((X / 2 + Y) * high + Z) * cell + 14),
-        name("y", (X + Y / 2) * wide * cell + 12, ((X + Y / 2) * high + Z) * cell + 14),
-        name("z", width + 12, (X * high + Z / 2) * cell + 4),
+        label("x", "end", X / 2 * wide * cell - 4, ((X / 2 + Y) * high + Z) * cell + 16),
+        label("y", "start", (X + Y / 2) * wide * cell + 4, ((X + Y / 2) * high + Z) * cell + 16),
+        label("z", "start", width + 8, (X * high + Z / 2) * cell + 4),
     ]
-    return _svg(width + 2 * margin, height + 2 * margin, spoken, faces, names)
+    return _svg(width + 2 * margin, height + 3 * TOP, spoken, faces, names)
 
 
 def _svg(width: float, height: float, spoken: str, *content: Child) -> Markup:

@@ -8,8 +8,8 @@ table.
 
 import importlib.metadata
 import importlib.resources
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from tbjax.planner import drawing, floor, words
 from tbjax.planner.markup import Child, Markup, element
@@ -55,7 +55,7 @@ def page(plan: "Plan", verification: "Verification | None" = None) -> str:
             element("meta", name="viewport", content="width=device-width, initial-scale=1"),
             element("meta", name="color-scheme", content="light dark"),
             element("meta", http_equiv="Content-Security-Policy", content=policy),
-            element("title", f"{words.model(plan.config)} on {words.machine(plan.cluster)}"),
+            element("title", words.heading(plan)),
             element("style", Markup("body { margin: 0; }\n" + _style())),
         ),
         element("body", element("main", element("div", sections, class_="sheet"), class_="tbjax-plan page")),
@@ -83,7 +83,7 @@ def _head(plan: "Plan") -> Markup:
     return element(
         "header",
         element("div", task, class_="eyebrow"),
-        element("h1", f"{words.model(plan.config)} on {words.machine(plan.cluster)}"),
+        element("h1", words.heading(plan)),
         element("p", words.verdict(plan), class_=f"verdict {'good' if plan.fits else 'bad'}"),
         element(
             "dl",
@@ -129,7 +129,7 @@ def _nodes(plan: "Plan") -> Markup:
             boxes.insert(-1, more)
         parts.append([element("h3", row.title) if row.title else None, element("div", boxes, class_="boxes")])
     note = f"One frame, in one colour: a group of {layout.mesh[axis]} along {axis}." if layout.devices > 1 else None
-    return element("div", parts, element("p", note, class_="note") if note else None, class_="drawing")
+    return element("div", parts, _note(note) if note else None, class_="drawing")
 
 
 def _torus(plan: "Plan") -> Markup:
@@ -152,7 +152,7 @@ def _torus(plan: "Plan") -> Markup:
             _table(("Dimension", "#Chips", "Carries", "Closes to"), carried),
             class_="torus",
         ),
-        element("p", " ".join(notes), class_="note"),
+        _note(" ".join(notes)),
         class_="drawing",
     )
 
@@ -163,18 +163,15 @@ def _torus_dimensions(plan: "Plan") -> dict[str, int]:
 
 def _memory(plan: "Plan") -> Markup:
     limit = plan.cluster.hardware.usable
-    contenders = [("This plan", plan), *_named_runners_up(plan)]
-    longest = max(limit, *(candidate.memory.total for _, candidate in contenders))
+    contenders = words.contenders(plan, RUNNERS_UP)
     keys = _keys(part for _, candidate in contenders for part in candidate.memory.parts)
+    longest = max(limit, *(candidate.memory.total for _, candidate in contenders))
     bars = [
         _bar(
-            f"{name}: {words.mesh(candidate.layout)}, {words.options(candidate.layout)}",
+            _spelled(name, candidate),
             f"{words.gib(candidate.memory.total)} of {words.gib(limit)}",
             candidate.memory.parts,
-            keys,
-            longest,
-            words.gib,
-            limit=limit,
+            _Scale(keys, longest, words.gib, limit),
         )
         for name, candidate in contenders
     ]
@@ -184,40 +181,40 @@ def _memory(plan: "Plan") -> Markup:
     ]
     foot = [("In all", words.gib(plan.memory.total), ""), ("A program may hold", words.gib(limit), "")]
     if plan.memory.host:
-        foot.append(("In the host's memory, per device", words.gib(plan.memory.host), ""))
+        foot.append(("In the host's memory", words.gib(plan.memory.host), ""))
     return _section(
         f"Memory of one {words.device(plan.cluster)}",
-        element(
-            "div",
-            element(
-                "div",
-                element("div", bars, class_="bars"),
-                element("p", "The upright line is what a program may hold.", class_="note"),
-            ),
+        _beside(
+            [element("div", bars, class_="bars"), _note("The upright line is what a program may hold.")],
             _table(("This plan", "#Size", "#Share"), rows, foot),
-            class_="beside",
         ),
     )
 
 
 def _time(plan: "Plan") -> Markup:
-    time = plan.time
-    keys = _keys(time.parts)
-    spent = sum(time.parts.values())
-    what = "A step" if plan.workload.training else "All of it"
-    rows = [(_key(part, keys), words.seconds(size), words.share(size, spent)) for part, size in time.parts.items()]
-    foot = [("In all", words.seconds(time.total), "")]
+    contenders = words.contenders(plan, RUNNERS_UP)
+    keys = _keys(part for _, candidate in contenders for part in candidate.time.parts)
+    longest = max(sum(candidate.time.parts.values()) for _, candidate in contenders)
+    bars = [
+        _bar(
+            _spelled(name, candidate),
+            words.seconds(candidate.time.total),
+            candidate.time.parts,
+            _Scale(keys, longest, words.seconds),
+        )
+        for name, candidate in contenders
+    ]
+    spent = sum(plan.time.parts.values())
+    rows = [(_key(part, keys), words.seconds(size), words.share(size, spent)) for part, size in plan.time.parts.items()]
+    foot = [("In all", words.seconds(plan.time.total), "")]
     if not plan.workload.training:
-        foot += [("Prefill", words.seconds(time.prefill), ""), ("One new token", words.seconds(time.decode), "")]
-    bar = _bar(what, words.seconds(time.total), time.parts, keys, spent, words.seconds)
+        foot += [
+            ("Prefill", words.seconds(plan.time.prefill), ""),
+            ("A new token", words.seconds(plan.time.decode), ""),
+        ]
     return _section(
         "Time of a step" if plan.workload.training else "Time to serve",
-        element(
-            "div",
-            element("div", bar, class_="bars"),
-            _table(("Part", "#Time", "#Share"), rows, foot),
-            class_="beside",
-        ),
+        _beside([element("div", bars, class_="bars")], _table(("This plan", "#Time", "#Share"), rows, foot)),
     )
 
 
@@ -230,8 +227,8 @@ def _verified(plan: "Plan", verification: "Verification | None") -> Markup | Non
 
 
 def _runners_up(plan: "Plan") -> Markup | None:
-    runners_up = _named_runners_up(plan)
-    if not runners_up:
+    contenders = words.contenders(plan, RUNNERS_UP)
+    if len(contenders) == 1:
         return None
     rows = [
         (
@@ -241,10 +238,9 @@ def _runners_up(plan: "Plan") -> Markup | None:
             words.gib(candidate.memory.total),
             words.seconds(candidate.time.total),
         )
-        for name, candidate in [("This plan", plan), *runners_up]
+        for name, candidate in contenders
     ]
-    head = ("", "Mesh", "With", "#Memory", "#Time")
-    return _section("Runners-up", _table(head, rows, chosen=0))
+    return _section("Runners-up", _table(("", "Mesh", "With", "#Memory", "#Time"), rows, chosen=0))
 
 
 def _rejected(plan: "Plan") -> Markup | None:
@@ -281,6 +277,15 @@ def _foot(plan: "Plan") -> Markup:
 
 
 # What the sections are made of.
+
+
+def _note(text: str) -> Markup:
+    return element("p", text, class_="note")
+
+
+def _beside(pictures: Child, table: Markup) -> Markup:
+    """Pictures with their table to the right, or below where that is too narrow."""
+    return element("div", element("div", pictures), table, class_="beside")
 
 
 def _section(heading: str, *content: Child) -> Markup:
@@ -336,37 +341,39 @@ def _key(part: str, keys: Mapping[str, int]) -> Markup:
     return element("span", swatch, words.title(part), class_="whole")
 
 
-def _bar(
-    name: str,
-    total: str,
-    parts: Mapping[str, float],
-    keys: Mapping[str, int],
-    longest: float,
-    written,
-    limit: float | None = None,
-) -> Markup:
+class _Scale(NamedTuple):
+    """What the bars of one picture share."""
+
+    keys: Mapping[str, int]
+    longest: float  # the size that is the whole width
+    written: Callable[[float], str]
+    limit: float | None = None  # where the upright line stands
+
+
+def _bar(name: str, total: str, parts: Mapping[str, float], scale: _Scale) -> Markup:
     """One stacked bar, under what it is the bar of."""
-    longest = longest or 1.0
+    shares = {part: size / scale.longest for part, size in parts.items() if size > 0}
     segments = [
         element(
             "span",
-            _letter(part, keys) if size / longest >= LEGIBLE_SHARE else None,
-            class_=f"c{keys[part] % COLOURS}",
-            style=f"width: {100 * size / longest:.3f}%",
-            title=f"{words.title(part)}: {written(size)}",
+            _letter(part, scale.keys) if share >= LEGIBLE_SHARE else None,
+            class_=f"c{scale.keys[part] % COLOURS}",
+            style=f"width: {100 * share:.3f}%",
+            title=f"{words.title(part)}: {scale.written(parts[part])}",
         )
-        for part, size in parts.items()
-        if size > 0
+        for part, share in shares.items()
     ]
-    spoken = ", ".join(f"{words.title(part)} {written(size)}" for part, size in parts.items() if size > 0)
-    mark = element("div", class_="limit", style=f"left: calc({100 * limit / longest:.3f}% - 2px)") if limit else None
+    spoken = ", ".join(f"{words.title(part)} {scale.written(parts[part])}" for part in shares)
+    line = None
+    if scale.limit:
+        line = element("div", class_="limit", style=f"left: calc({100 * scale.limit / scale.longest:.3f}% - 2px)")
+    stack = element("div", segments, class_="stack")
     return element(
         "div",
         element("div", element("span", name), element("span", total), class_="bar-name"),
-        element("div", element("div", segments, class_="stack"), mark, class_="track", role="img", aria_label=spoken),
+        element("div", stack, line, class_="track", role="img", aria_label=spoken),
     )
 
 
-def _named_runners_up(plan: "Plan") -> list[tuple[str, "Candidate"]]:
-    others = [candidate for candidate in plan.candidates if candidate.layout != plan.layout]
-    return [(f"No. {place}", candidate) for place, candidate in enumerate(others[:RUNNERS_UP], start=2)]
+def _spelled(name: str, contender: "Plan | Candidate") -> str:
+    return f"{name}: {words.mesh(contender.layout)}, {words.options(contender.layout)}"

@@ -12,6 +12,7 @@ from tbjax.sharding import ShardingStrategy
 
 if TYPE_CHECKING:
     from tbjax.planner.plan import Plan
+    from tbjax.planner.search import Candidate
 
 GIB = 2**30
 TIMES = " \N{MULTIPLICATION SIGN} "
@@ -106,7 +107,7 @@ def schedule(layout: Layout) -> str:
 
 def options(layout: Layout) -> str:
     """What goes with the mesh, in a few words."""
-    said = [f"remat {layout.remat}"]
+    said = [f"remat {layout.remat}"] if layout.remat != "none" else []
     if layout.microbatches > 1:
         said.append(f"{layout.microbatches} microbatches")
     if layout.pp > 1:
@@ -117,7 +118,7 @@ def options(layout: Layout) -> str:
         said.append("sequence parallel")
     if layout.offload:
         said.append(f"{' and '.join(layout.offload)} offloaded")
-    return ", ".join(said)
+    return ", ".join(said) or "nothing recomputed"
 
 
 def model(config: ModelConfig) -> str:
@@ -146,6 +147,11 @@ def spelled_sizes(sizes: Mapping[str, int]) -> str:
 # Figures: what stands at the top of a page, and in the first lines of a table.
 
 
+def heading(plan: "Plan") -> str:
+    """What the plan is for."""
+    return f"{plan.model} on {machine(plan.cluster)}"
+
+
 def verdict(plan: "Plan") -> str:
     """Whether it fits, with the margin."""
     held, limit = plan.memory.total, plan.cluster.hardware.usable
@@ -171,6 +177,11 @@ def figures(plan: "Plan") -> list[tuple[str, str, str]]:
     result.append(("MFU", share(plan.mfu, 1.0), "of the peak FLOP/s"))
     result.append(("Memory", gib(plan.memory.total), f"of {gib(limit)} on each {device(plan.cluster)}"))
     return result
+
+
+def contenders(plan: "Plan", most: int = 8) -> list[tuple[str, "Plan | Candidate"]]:
+    """The plan and its runners-up, by what they are called here."""
+    return [("This plan", plan), *((f"No. {place}", other) for place, other in enumerate(plan.candidates[:most], 2))]
 
 
 def per_device(plan: "Plan") -> str:

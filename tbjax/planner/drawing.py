@@ -77,7 +77,7 @@ def rows(layout: Layout, cluster: Cluster) -> list[Row]:
     for stage in drawn_stages:
         chosen = [stage * per_stage + index for index in _ends(per_stage, most)]
         title = f"Stage {words.count(stage)} of {layout.pp}" if stages > 1 else ""
-        drawn = tuple(_box(number, per_box, layout, cluster) for number in chosen)
+        drawn = tuple(_box(number, per_box, layout, cluster, said="pp" if title else "") for number in chosen)
         result.append(Row(title, drawn, per_stage - len(chosen)))
     return result
 
@@ -87,11 +87,12 @@ def _ends(number: int, most: int) -> list[int]:
     return list(range(number)) if number <= most else [*range(most - 1), number - 1]
 
 
-def _box(number: int, per_box: int, layout: Layout, cluster: Cluster) -> Box:
+def _box(number: int, per_box: int, layout: Layout, cluster: Cluster, said: str) -> Box:
+    """One box; `said` is the axis that its row names already."""
     sizes = layout.mesh
     places = [floor.coordinates(number * per_box + index, sizes) for index in range(min(per_box, layout.devices))]
     varying = [axis for axis in reversed(AXES) if len({place[axis] for place in places}) > 1]
-    shared = ", ".join(f"{axis} {places[0][axis]}" for axis in AXES if sizes[axis] > 1 and axis not in varying)
+    shared = ", ".join(f"{axis} {places[0][axis]}" for axis in AXES if sizes[axis] > 1 and axis not in (*varying, said))
     name = "Node" if per_box <= cluster.devices_per_host else "Domain"
     title = f"{name} {words.count(number)}"
     group = min(sizes[grouped_axis(layout)], len(places))

@@ -11,8 +11,12 @@ import importlib.resources
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from tbjax.pipeline.picture import svg
+from tbjax.pipeline.schedule import named
+from tbjax.pipeline.simulate import Times, simulate
 from tbjax.planner import drawing, floor, words
 from tbjax.planner.markup import Child, Markup, element
+from tbjax.planner.workload import Layout
 
 if TYPE_CHECKING:
     from tbjax.planner.plan import Plan
@@ -28,6 +32,9 @@ LEGIBLE_SHARE = 0.05
 # Runners-up drawn beside the plan.
 RUNNERS_UP = 5
 
+# Tasks of a pipeline that can be told apart in its picture.
+LEGIBLE_TASKS = 1500
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -37,11 +44,11 @@ def page(plan: "Plan", verification: "Verification | None" = None) -> str:
         _head(plan),
         _in_words(plan),
         _mesh(plan),
+        _runners_up(plan),
         _memory(plan),
         _time(plan),
         _timeline(plan),
         _verified(plan, verification),
-        _runners_up(plan),
         _rejected(plan),
         _hardware(plan),
         _foot(plan),
@@ -97,7 +104,8 @@ def _head(plan: "Plan") -> Markup:
 
 
 def _in_words(plan: "Plan") -> Markup:
-    return _section("In words", [element("p", sentence) for sentence in words.summary(plan)])
+    said = [line for line in plan.explain().splitlines() if line != words.verdict(plan)]  # it stands in the head
+    return _section("In words", [element("p", line) for line in said])
 
 
 def _mesh(plan: "Plan") -> Markup:
@@ -164,20 +172,11 @@ def _torus_dimensions(plan: "Plan") -> dict[str, int]:
 def _memory(plan: "Plan") -> Markup:
     limit = plan.cluster.hardware.usable
     contenders = words.contenders(plan, RUNNERS_UP)
-    keys = _keys(part for _, candidate in contenders for part in candidate.memory.parts)
     longest = max(limit, *(candidate.memory.total for _, candidate in contenders))
+    scale = _Scale(_present(each.memory.parts for _, each in contenders), longest, words.title, words.gib, limit)
     bars = [
-        _bar(
-            _spelled(name, candidate),
-            f"{words.gib(candidate.memory.total)} of {words.gib(limit)}",
-            candidate.memory.parts,
-            _Scale(keys, longest, words.gib, limit),
-        )
-        for name, candidate in contenders
-    ]
-    rows = [
-        (_key(part, keys), words.gib(size), words.share(size, plan.memory.total))
-        for part, size in plan.memory.parts.items()
+        _bar(_spelled(name, each), f"{words.gib(each.memory.total)} of {words.gib(limit)}", each.memory.parts, scale)
+        for name, each in contenders
     ]
     foot = [("In all", words.gib(plan.memory.total), ""), ("A program may hold", words.gib(limit), "")]
     if plan.memory.host:
@@ -186,26 +185,18 @@ def _memory(plan: "Plan") -> Markup:
         f"Memory of one {words.device(plan.cluster)}",
         _beside(
             [element("div", bars, class_="bars"), _note("The upright line is what a program may hold.")],
-            _table(("This plan", "#Size", "#Share"), rows, foot),
+            _table(("This plan", "#Size", "#Share"), _shares(plan.memory.parts, scale), foot),
         ),
     )
 
 
 def _time(plan: "Plan") -> Markup:
     contenders = words.contenders(plan, RUNNERS_UP)
-    keys = _keys(part for _, candidate in contenders for part in candidate.time.parts)
-    longest = max(sum(candidate.time.parts.values()) for _, candidate in contenders)
+    longest = max(sum(each.time.parts.values()) for _, each in contenders)
+    scale = _Scale(_present(each.time.parts for _, each in contenders), longest, words.time_title, words.seconds)
     bars = [
-        _bar(
-            _spelled(name, candidate),
-            words.seconds(candidate.time.total),
-            candidate.time.parts,
-            _Scale(keys, longest, words.seconds),
-        )
-        for name, candidate in contenders
+        _bar(_spelled(name, each), words.seconds(each.time.total), each.time.parts, scale) for name, each in contenders
     ]
-    spent = sum(plan.time.parts.values())
-    rows = [(_key(part, keys), words.seconds(size), words.share(size, spent)) for part, size in plan.time.parts.items()]
     foot = [("In all", words.seconds(plan.time.total), "")]
     if not plan.workload.training:
         foot += [
@@ -214,12 +205,44 @@ def _time(plan: "Plan") -> Markup:
         ]
     return _section(
         "Time of a step" if plan.workload.training else "Time to serve",
-        _beside([element("div", bars, class_="bars")], _table(("This plan", "#Time", "#Share"), rows, foot)),
+        _beside(
+            element("div", bars, class_="bars"),
+            _table(("This plan", "#Time", "#Share"), _shares(plan.time.parts, scale), foot),
+        ),
     )
 
 
 def _timeline(plan: "Plan") -> Markup | None:
-    return None
+    layout = plan.layout
+    if layout.pp == 1 or not plan.workload.training:
+        return None
+    drawn = _drawn_microbatches(layout)
+    timeline = simulate(named(layout.schedule, layout.chunks), layout.pp, drawn, _pass_times(plan))
+    notes = [
+        "Seconds as predicted, shared out to the passes by their FLOPs: one part forward, one for the gradient of "
+        "the input (with what is recomputed one more), one for the gradient of the weights."
+    ]
+    if drawn < layout.microbatches:
+        notes.insert(0, f"Drawn with {drawn} of the {words.count(layout.microbatches)} microbatches.")
+    return _section(
+        "The pipeline",
+        element("div", Markup(svg(timeline)), class_="scroll timeline", tabindex=0),
+        _note(" ".join(notes)),
+    )
+
+
+def _drawn_microbatches(layout: Layout) -> int:
+    """As many microbatches as can be told apart; the interleaved schedule takes them in groups of a stage each."""
+    tasks = 3 * layout.pp * layout.chunks
+    return min(layout.microbatches, max(2, LEGIBLE_TASKS // tasks // layout.pp) * layout.pp)
+
+
+def _pass_times(plan: "Plan") -> Times:
+    """What one microbatch takes on one stage. Recomputing everything makes the backward pass a forward longer."""
+    outside = sum(plan.time.parts.get(part, 0.0) for part in ("bubble", "data", "optimizer"))
+    parts = 4 if plan.layout.remat == "full" else 3
+    unit = (plan.time.total - outside) / plan.layout.microbatches / parts
+    return Times(forward=unit, backward_input=(parts - 2) * unit, backward_weight=unit)
 
 
 def _verified(plan: "Plan", verification: "Verification | None") -> Markup | None:
@@ -232,15 +255,15 @@ def _runners_up(plan: "Plan") -> Markup | None:
         return None
     rows = [
         (
-            name,
-            words.mesh(candidate.layout),
-            words.options(candidate.layout),
-            words.gib(candidate.memory.total),
-            words.seconds(candidate.time.total),
+            element("span", name, class_="whole"),
+            element("span", words.mesh(each.layout), class_="whole"),
+            words.options(each.layout),
+            words.gib(each.memory.total),
+            words.seconds(each.time.total),
         )
-        for name, candidate in contenders
+        for name, each in contenders
     ]
-    return _section("Runners-up", _table(("", "Mesh", "With", "#Memory", "#Time"), rows, chosen=0))
+    return _section("The plan and its runners-up", _table(("", "Mesh", "With", "#Memory", "#Time"), rows, chosen=0))
 
 
 def _rejected(plan: "Plan") -> Markup | None:
@@ -326,47 +349,48 @@ def _table(
     return element("div", table, class_="scroll", tabindex=0)
 
 
-def _keys(parts: Iterable[str]) -> dict[str, int]:
-    """A number for each part, in the order in which they are met."""
-    return {part: index for index, part in enumerate(dict.fromkeys(parts))}
-
-
-def _letter(part: str, keys: Mapping[str, int]) -> str:
-    return LETTERS[keys[part] % len(LETTERS)]
-
-
-def _key(part: str, keys: Mapping[str, int]) -> Markup:
-    """The letter of a part in its colour, and its name."""
-    swatch = element("span", _letter(part, keys), class_=f"key c{keys[part] % COLOURS}", aria_hidden="true")
-    return element("span", swatch, words.title(part), class_="whole")
+def _present(contenders: Iterable[Mapping[str, float]]) -> dict[str, int]:
+    """The parts that any contender has, numbered in the order in which they are met."""
+    met = dict.fromkeys(part for parts in contenders for part, size in parts.items() if size > 0)
+    return {part: number for number, part in enumerate(met)}
 
 
 class _Scale(NamedTuple):
-    """What the bars of one picture share."""
+    """What the bars of one picture, and the table beside them, share."""
 
-    keys: Mapping[str, int]
+    numbers: Mapping[str, int]  # of the parts
     longest: float  # the size that is the whole width
+    named: Callable[[str], str]
     written: Callable[[float], str]
     limit: float | None = None  # where the upright line stands
+
+    def letter(self, part: str) -> str:
+        return LETTERS[self.numbers[part] % len(LETTERS)]
+
+    def colour(self, part: str) -> str:
+        return f"c{self.numbers[part] % COLOURS}"
+
+    def said(self, part: str, size: float) -> str:
+        return f"{self.named(part)} {self.written(size)}"
 
 
 def _bar(name: str, total: str, parts: Mapping[str, float], scale: _Scale) -> Markup:
     """One stacked bar, under what it is the bar of."""
-    shares = {part: size / scale.longest for part, size in parts.items() if size > 0}
+    present = {part: size for part, size in parts.items() if size > 0}
     segments = [
         element(
             "span",
-            _letter(part, scale.keys) if share >= LEGIBLE_SHARE else None,
-            class_=f"c{scale.keys[part] % COLOURS}",
-            style=f"width: {100 * share:.3f}%",
-            title=f"{words.title(part)}: {scale.written(parts[part])}",
+            scale.letter(part) if size / scale.longest >= LEGIBLE_SHARE else None,
+            class_=scale.colour(part),
+            style=f"width: {100 * size / scale.longest:.3f}%",
+            title=scale.said(part, size),
         )
-        for part, share in shares.items()
+        for part, size in present.items()
     ]
-    spoken = ", ".join(f"{words.title(part)} {scale.written(parts[part])}" for part in shares)
     line = None
     if scale.limit:
         line = element("div", class_="limit", style=f"left: calc({100 * scale.limit / scale.longest:.3f}% - 2px)")
+    spoken = ", ".join(scale.said(part, size) for part, size in present.items())
     stack = element("div", segments, class_="stack")
     return element(
         "div",
@@ -375,5 +399,16 @@ def _bar(name: str, total: str, parts: Mapping[str, float], scale: _Scale) -> Ma
     )
 
 
+def _shares(parts: Mapping[str, float], scale: _Scale) -> list[tuple[Markup, str, str]]:
+    """Rows of a table: each part with its letter in its colour."""
+    whole = sum(parts.values())
+
+    def key(part: str) -> Markup:
+        swatch = element("span", scale.letter(part), class_=f"key {scale.colour(part)}", aria_hidden="true")
+        return element("span", swatch, scale.named(part), class_="whole")
+
+    return [(key(part), scale.written(size), words.share(size, whole)) for part, size in parts.items() if size > 0]
+
+
 def _spelled(name: str, contender: "Plan | Candidate") -> str:
-    return f"{name}: {words.mesh(contender.layout)}, {words.options(contender.layout)}"
+    return f"{name}: {words.mesh(contender.layout)}"

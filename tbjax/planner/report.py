@@ -79,7 +79,7 @@ def _memory(plan: "Plan") -> RenderableType:
     foot = [("In all", words.gib(plan.memory.total)), ("A program may hold", words.gib(limit))]
     if plan.memory.host:
         foot.append(("In the host's memory", words.gib(plan.memory.host)))
-    return _parts(f"Memory of one {words.device(plan.cluster)}", plan.memory.parts, words.gib, foot)
+    return _parts(f"Memory of one {words.device(plan.cluster)}", plan.memory.parts, words.title, words.gib, foot)
 
 
 def _time(plan: "Plan") -> RenderableType:
@@ -87,7 +87,7 @@ def _time(plan: "Plan") -> RenderableType:
     if not plan.workload.training:
         foot += [("Prefill", words.seconds(plan.time.prefill)), ("A new token", words.seconds(plan.time.decode))]
     heading = "Time of a step" if plan.workload.training else "Time to serve"
-    return _parts(heading, plan.time.parts, words.seconds, foot)
+    return _parts(heading, plan.time.parts, words.time_title, words.seconds, foot)
 
 
 def _runners_up(plan: "Plan") -> RenderableType:
@@ -116,14 +116,19 @@ def _rejected(plan: "Plan") -> RenderableType:
 
 
 def _parts(
-    heading: str, parts: Mapping[str, float], written: Callable[[float], str], foot: Iterable[Sequence[str]]
+    heading: str,
+    parts: Mapping[str, float],
+    named: Callable[[str], str],
+    written: Callable[[float], str],
+    foot: Iterable[Sequence[str]],
 ) -> RenderableType:
     """Parts of a whole, each with its share as a bar."""
     whole = sum(parts.values())
     largest = max(parts.values(), default=0) or 1
     rows = [
-        (words.title(part), written(size), words.share(size, whole), "━" * round(BAR * size / largest))
+        (named(part), written(size), words.share(size, whole), "━" * round(BAR * size / largest))
         for part, size in parts.items()
+        if size > 0
     ]
     return _table(heading, ("", "#", "#", ""), rows, [(*line, "", "") for line in foot])
 

@@ -24,6 +24,20 @@ _SPELLED |= {"moe": "MoE", "mlp": "MLP", "adamw": "AdamW", "sgd": "SGD", "hbm": 
 _SCHEDULES = {"gpipe": "GPipe", "1f1b": "1F1B", "interleaved": "interleaved 1F1B"}
 _SCHEDULES |= {"zb-h1": "ZB-H1", "zb-h2": "ZB-H2", "zb-v": "ZB-V"}
 
+# Parts of a time that a word alone does not tell from parts of memory.
+_TIMES = {
+    "matmul": "Matmuls",
+    "memory": "Memory-bound work",
+    "launch": "Kernel launches",
+    "tensor": "TP communication",
+    "context": "CP communication",
+    "expert": "EP communication",
+    "fsdp": "FSDP communication",
+    "data": "Summing gradients",
+    "bubble": "Pipeline bubble",
+    "optimizer": "Optimizer update",
+}
+
 _PRECISIONS = {
     "mixed": "mixed precision (float32 weights, bfloat16 matmuls)",
     "bfloat16": "bfloat16",
@@ -90,6 +104,11 @@ def title(key: str) -> str:
     """`saved_activations` as "Saved activations", with the field's abbreviations in their usual case."""
     words = [_SPELLED.get(word, word) for word in key.replace("_", " ").split()]
     return " ".join([words[0][:1].upper() + words[0][1:], *words[1:]]) if words else ""
+
+
+def time_title(key: str) -> str:
+    """A part of `Time`, said so that it stands without its neighbours."""
+    return _TIMES.get(key, title(key))
 
 
 def mesh(layout: Layout) -> str:
@@ -202,7 +221,7 @@ def summary(plan: "Plan") -> list[str]:
 def largest_memory(plan: "Plan") -> str:
     part, size = max(plan.memory.parts.items(), key=lambda item: item[1])
     return (
-        f"Most of the {gib(plan.memory.total)} on a {device(plan.cluster)} is {_named(part)}: {gib(size)}, "
+        f"Most of the {gib(plan.memory.total)} on a {device(plan.cluster)} is {_within(title(part))}: {gib(size)}, "
         f"{share(size, plan.memory.total)}."
     )
 
@@ -210,7 +229,7 @@ def largest_memory(plan: "Plan") -> str:
 def largest_time(plan: "Plan") -> str:
     parts = sorted(plan.time.parts.items(), key=lambda item: -item[1])
     spent = sum(plan.time.parts.values())
-    named = [f"{_named(part)} {share(size, spent)}" for part, size in parts[:3] if size > 0]
+    named = [f"{_within(time_title(part))} {share(size, spent)}" for part, size in parts[:3] if size > 0]
     return f"Time goes to {_listed(named)}."
 
 
@@ -221,9 +240,8 @@ def chosen_from(plan: "Plan") -> str:
     return f"{count(total)} other meshes were turned down, most often ({count(most.count)}) because: {most.reason}."
 
 
-def _named(part: str) -> str:
-    """A part within a sentence."""
-    name = title(part)
+def _within(name: str) -> str:
+    """A title within a sentence."""
     return name if name[:2].isupper() else name[:1].lower() + name[1:]
 
 

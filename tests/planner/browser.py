@@ -76,9 +76,13 @@ class Browser:
             raise RuntimeError(str(answer["exceptionDetails"]))
         return answer["result"].get("value")
 
-    def screenshot(self, path: Path) -> None:
-        """The whole page, beyond the window too."""
-        image = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]
+    def screenshot(self, path: Path, top: int = 0, height: int | None = None) -> None:
+        """The whole page, beyond the window too, or so much of it."""
+        clip = {}
+        if height is not None:
+            width = self.evaluate("document.documentElement.scrollWidth")
+            clip = {"clip": {"x": 0, "y": top, "width": width, "height": height, "scale": 1}}
+        image = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, **clip)["data"]
         path.write_bytes(base64.b64decode(image))
 
     def _receive(self, deadline: float) -> dict[str, Any]:

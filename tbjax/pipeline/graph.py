@@ -50,7 +50,7 @@ def resolve(schedule: Schedule, stages: int, microbatches: int) -> Graph:
         limit = schedule.limit(stage, stages, microbatches)
         if held > limit:
             raise ScheduleError(
-                f"schedule {schedule.name}: stage {stage} holds the activations of {held} chunks at once, more than "
+                f"schedule {schedule.name}: stage {stage} holds the activations of {held:g} chunks at once, more than "
                 f"the {limit} that its limit() states: raise the limit, or run backwards earlier."
             )
     return _flatten(schedule, orders, positions)

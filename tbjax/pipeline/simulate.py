@@ -7,8 +7,8 @@ with no free parameter.
 
 Their interleaved column comes out only if a microbatch may start a chunk before it has come round: their own simulator
 waits on the link from the last stage to the first for the first microbatch of each group alone. `wraps="first"` does
-the same, for comparison with published figures; the default waits for every one. The difference is at most one
-transfer for each stage.
+the same, for comparison with published figures; the default waits for every one. While transfers are short beside the
+work, the difference is one transfer for each stage.
 
 Units are the caller's: whatever time is given in comes out. Activations are counted in those that one microbatch leaves
 on one stage, all its chunks together.

@@ -1,0 +1,330 @@
+"""The pieces of a step's time, each remembered by the few sizes that it depends on.
+
+`Prices` holds one model, workload, cluster and stack. Its methods are pieces that `cost` adds up: the arithmetic of a
+layer, of the model's ends, the collectives of a layer, the gathering of its weights, the update. A search asks for tens
+of thousands of layouts and meets the same pieces again and again.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from tbjax.config import ModelConfig
+from tbjax.planner.hardware import Cluster
+from tbjax.planner.network import Fabric, Group, group
+from tbjax.planner.parameters import Shard, shards
+from tbjax.planner.stack import Stack
+from tbjax.planner.work import Cut, Matmul, Work, forward, head, layer
+from tbjax.planner.workload import Layout, Optimizer, Remat, Workload
+
+# Bytes that an update reads and writes for each parameter, with float32 state: the gradient twice (its norm, then the
+# update), the parameter and each moment in and out.
+_UPDATE_BYTES: Mapping[Optimizer, float] = {"adamw": 32, "lion": 24, "muon": 24, "sgd": 16, "adafactor": 20}
+
+# Bytes of float32 optimizer state for each parameter.
+_STATE_BYTES: Mapping[Optimizer, float] = {"adamw": 8, "lion": 4, "muon": 4, "sgd": 4, "adafactor": 0.1}
+
+# Muon: each of five Newton-Schulz iterations squares the m x n matrix (m <= n) into m x m (2 m m n FLOPs), squares that
+# (2 m m m) and multiplies it back (2 m m n). For m = n that is 6 m FLOPs for each parameter.
+_NEWTON_SCHULZ_FLOPS = 5 * 6
+
+# Summing a microbatch's gradient: two bytes read, a float32 sum read and written.
+_ACCUMULATE_BYTES = 10
+
+
+class Passes(NamedTuple):
+    """Seconds of arithmetic for one microbatch: by part, and by pass as the schedules tell them apart."""
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    launch: float = 0.0
+    forwards: float = 0.0
+    inputs: float = 0.0  # the gradient of the input, with what is recomputed
+    weights: float = 0.0  # the gradient of the weights
+
+    @property
+    def seconds(self) -> float:
+        return self.matmul + self.attention + self.memory + self.launch
+
+    @property
+    def backwards(self) -> float:
+        return self.inputs + self.weights
+
+
+class Talk(NamedTuple):
+    """Seconds of one layer's collectives for one microbatch."""
+
+    tensor: float = 0.0
+    context: float = 0.0
+    expert: float = 0.0
+
+
+class Gather(NamedTuple):
+    """Seconds that FSDP's collectives take for one microbatch: of a layer, and of the vocabulary's tables."""
+
+    layer: float
+    ends: float
+
+
+class Same:
+    """A key that equals itself only: to hash a `ModelConfig` takes longer than to price a layout.
+
+    It holds on to its value, so that no other object can take its identity while the key is in use.
+    """
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value
+
+
+def prices(config: ModelConfig, workload: Workload, cluster: Cluster, stack: Stack) -> "Prices":
+    """The prices of a model and workload on a cluster, made once for the same four objects."""
+    return _prices(Same(config), Same(workload), Same(cluster), Same(stack))
+
+
+@functools.lru_cache(maxsize=32)
+def _prices(config: Same, workload: Same, cluster: Same, stack: Same) -> "Prices":
+    return Prices(config.value, workload.value, cluster.value, stack.value)  # type: ignore[arg-type]
+
+
+def peak(cluster: Cluster, workload: Workload) -> float:
+    """FLOP/s of one device in the workload's precision."""
+    return cluster.hardware.flops["float32" if workload.precision == "float32" else "bfloat16"]
+
+
+class Prices:
+    """The prices of one model and workload on one cluster. `rows` are a microbatch's sequences on one device."""
+
+    def __init__(self, config: ModelConfig, workload: Workload, cluster: Cluster, stack: Stack) -> None:
+        self.config, self.workload, self.cluster, self.stack = config, workload, cluster, stack
+        self.flops = peak(cluster, workload) * stack.matmul_fraction
+        self.bandwidth = cluster.hardware.memory_bandwidth * stack.memory_fraction
+        self.size = workload.compute_bytes
+        self.fabric = Fabric(link=stack.link_fraction, network=stack.network_fraction, start=stack.collective_start)
+        # Layers of one kind cost the same; a stage is taken to have its share of each.
+        kinds = dict.fromkeys(config.layer_kinds)
+        self.kinds = [(kind, config.layer_kinds.count(kind) / config.layers) for kind in kinds]
+        self.sparse_share = sum(kind.sparse for kind in config.layer_kinds) / config.layers
+        remember = functools.lru_cache(maxsize=8192)
+        self.group = remember(self._group)
+        self.layer = remember(self._layer)
+        self.served = remember(self._served)
+        self.ends = remember(self._ends)
+        self.talk = remember(self._talk)
+        self.ends_talk = remember(self._ends_talk)
+        self.gather = remember(self._gather)
+        self.gradients = remember(self._gradients)
+        self.update = remember(self._update)
+        self.accumulate = remember(self._accumulate)
+        self.kept = remember(self._kept)
+        self.stationary = remember(self._stationary)
+
+    # Arithmetic.
+
+    def product(self, matmul: Matmul, weight_bytes: float) -> float:
+        """Seconds of products against weights of so many bytes an element."""
+        rows, columns, inner, copies = matmul
+        moved = copies * (self.size * rows * (inner + columns) + weight_bytes * inner * columns)
+        return max(self._computed(matmul), moved / self.bandwidth)
+
+    def score(self, matmul: Matmul) -> float:
+        """Seconds of a product of attention; fused, the largest of its three operands never leaves the chip."""
+        rows, columns, inner, copies = matmul
+        faces = rows * columns, columns * inner, inner * rows
+        moved = sum(faces) - (max(faces) if self.stack.attention == "fused" else 0.0)
+        return max(self._computed(matmul), copies * moved * self.size / self.bandwidth)
+
+    def _computed(self, matmul: Matmul) -> float:
+        half = self.stack.matmul_half
+        edges = half / matmul.rows + half / matmul.columns + half / matmul.inner
+        return matmul.flops / self.flops * (1 + edges)
+
+    def _pass(self, work: Work, weight_bytes: float) -> tuple[float, float, float, float]:
+        """Seconds of one pass: products, attention, other bytes, launches."""
+        matmul = sum(self.product(matmul, weight_bytes) for matmul in work.weights)
+        attention = sum(map(self.score, work.scores)) + work.scores_moved / self.bandwidth
+        memory = work.moved / self.bandwidth
+        gaps = work.kernels * self.stack.kernel_gap
+        waited = work.kernels * self.stack.host_per_kernel - (matmul + attention + memory + gaps)
+        return matmul, attention, memory, gaps + max(waited, 0.0)
+
+    def _layer(self, rows: int, tp: int, cp: int, ep: int, sequence_parallel: bool, remat: Remat) -> Passes:
+        """The arithmetic of an average layer in training."""
+        stack, total = self.stack, Passes()
+        cut = Cut(rows, self.workload.seq_len, tp=tp, cp=cp, ep=ep, sequence_parallel=sequence_parallel)
+        for kind, share in self.kinds:
+            work = layer(self.config, kind, cut, remat, attention=stack.attention, size=self.size, prunes=stack.prunes)
+            passes = [self._pass(part, self.size) for part in (work.forward, work.recomputed, work.backward)]
+            there, again, back = map(sum, passes)
+            # Every second product of the backward pass is a weight's gradient.
+            weights = sum(self.product(matmul, self.size) for matmul in work.backward.weights[1::2])
+            matmul, attention, memory, launch = (sum(column) for column in zip(*passes, strict=True))
+            whole = Passes(matmul, attention, memory, launch, there, again + back - weights, weights)
+            total = Passes(*(old + share * new for old, new in zip(total, whole, strict=True)))
+        return total
+
+    def _served(self, rows: int, sequence: int, cached: float, tp: int, cp: int, ep: int, spread: int) -> Passes:
+        """The arithmetic of an average layer forwards, behind `cached` tokens.
+
+        `spread` devices may share a layer's weights out and each meet all their tokens: see `sharding.project`.
+        """
+        total = Passes()
+        cut = Cut(rows, sequence, context=cached, tp=tp, cp=cp, ep=ep)
+        for kind, share in self.kinds:
+            work = forward(self.config, kind, cut, attention="fused", size=self.size)
+            if spread > 1:
+                work = work._replace(weights=tuple(_spread(matmul, spread) for matmul in work.weights))
+            parts = self._pass(work, self.workload.parameter_bytes)
+            whole = Passes(*parts, forwards=sum(parts))
+            total = Passes(*(old + share * new for old, new in zip(total, whole, strict=True)))
+        return total
+
+    def _ends(self, rows: int, sequence: int, tp: int, cp: int) -> Passes:
+        """The head and the loss in training; in inference the head, for the last token of each sequence."""
+        tokens = rows * sequence / cp
+        if self.workload.training:
+            product = head(self.config, tokens, tp)
+            matmul = sum(self.product(each, self.size) for each in (product, *product.gradients()))
+            # Rows of the table are looked up and written, and backwards read and added to.
+            moved = product.rows * product.columns * self.stack.logit_bytes + 4 * self.stream(rows, sequence, cp)
+            return Passes(matmul, memory=moved / self.bandwidth)
+        return Passes(self.product(head(self.config, rows, tp), self.workload.parameter_bytes))
+
+    # Collectives.
+
+    def _group(self, stride: int, size: int) -> Group:
+        return group(self.cluster, stride, size, self.fabric)
+
+    def stream(self, rows: int, sequence: int, cp: int) -> float:
+        """Bytes of the residual stream on one device."""
+        return rows * sequence / cp * self.config.embed * self.size
+
+    def _talk(
+        self, rows: int, sequence: int, tp: int, cp: int, ep: int, sequence_parallel: bool, remat: Remat | None
+    ) -> Talk:
+        """The collectives of an average layer: in training forwards, again and backwards; with no `remat`, forwards."""
+        config = self.config
+        stream = self.stream(rows, sequence, cp)
+        trained = remat is not None
+        over_tp, over_cp, over_ep = self.group(1, tp), self.group(tp, cp), self.group(tp * cp, ep)
+        # Two blocks, each a collective before (sequence parallel: a gather) and one after (a scatter; without, a
+        # reduction that is both at once) forwards and backwards. Recomputation runs them again as far as it goes.
+        gathers = 2.0 + (4.0 if trained else 0.0)  # sequence parallel: the cut inputs are gathered again backwards
+        scatters = 2.0 + (2.0 if trained else 0.0)
+        if remat == "full":
+            scatters += 1.0 if self.stack.prunes else 2.0
+        if sequence_parallel:
+            tensor = gathers * over_tp.all_gather(stream) + scatters * over_tp.reduce_scatter(stream)
+        else:
+            tensor = scatters * over_tp.all_reduce(stream)
+            # Experts reduce the tokens of all their ep peers: half of the reductions, in layers that have experts.
+            peers = over_tp.all_reduce(ep * stream) - over_tp.all_reduce(stream)
+            tensor += self.sparse_share * scatters / 2 * peers
+        keys = 2 * cp * rows * sequence / cp * -(-config.kv_heads // tp) * config.head_dim * self.size
+        # Keys and values go round forwards, again, and backwards, where their gradients go round as well.
+        rounds = 1.0 if not trained else 3.0 if remat == "none" else 4.0
+        context = rounds * over_cp.all_gather(keys)
+        # Tokens are gathered from the ep peers and their results scattered back; backwards the other way round.
+        gathers, scatters = (1.0, 1.0) if not trained else (2.0 if remat == "none" else 3.0, 2.0)
+        expert = gathers * over_ep.all_gather(ep * stream) + scatters * over_ep.reduce_scatter(ep * stream)
+        return Talk(tensor, context, self.sparse_share * expert)
+
+    def _ends_talk(self, rows: int, sequence: int, tp: int, cp: int) -> float:
+        """The vocabulary is cut over tp: a reduction of what was looked up, and one of the head's gradient."""
+        reduction = self.group(1, tp).all_reduce(self.stream(rows, sequence, cp))
+        return reduction * (2 if self.workload.training else 1)
+
+    def _gather(self, fsdp: int, ep: int, cp: int, tp: int) -> Gather:
+        """FSDP in training: weights are gathered forwards and backwards, their gradients scattered."""
+        layer = self._gathered(fsdp, ep, cp, tp, stacked=True)
+        return Gather(3 * layer, 3 * self._gathered(fsdp, ep, cp, tp, stacked=False))
+
+    def _gathered(self, fsdp: int, ep: int, cp: int, tp: int, *, stacked: bool) -> float:
+        """Seconds in which one layer's weights, or those of the model's ends, are gathered."""
+        dense = experts = 0.0
+        for shard in self._shards(1, fsdp, ep, tp, False):
+            if shard.stacked == stacked:
+                size = shard.local * self.size / (self.config.layers if stacked else 1)
+                if "ep" in shard.axes:
+                    experts += size
+                else:
+                    dense += size
+        # Over fsdp and ep lies everything but the experts, which ep has cut already.
+        over_both, over_fsdp = self.group(tp * cp, ep * fsdp), self.group(tp * cp * ep, fsdp)
+        return over_both.all_gather(dense) + (over_fsdp.all_gather(experts) if experts else 0.0)
+
+    def _stationary(self, rows: int, fsdp: int, ep: int, cp: int, tp: int) -> float:
+        """One layer's weights stay cut over fsdp and ep: its tokens are gathered to them, and the results summed."""
+        over, config = self.group(tp * cp, ep * fsdp), self.config
+        if over.size == 1:
+            return 0.0
+        element = rows * over.size * self.size  # one feature of all the tokens
+        inwards = (config.heads + 2 * config.kv_heads) * config.head_dim / tp
+        inwards += (2 if config.gated_mlp else 1) * config.mlp / tp
+        return 4 * over.all_gather(element * config.embed) + 2 * over.all_reduce(element * inwards / 2)
+
+    # Once a step.
+
+    def _gradients(self, pp: int, dp: int, fsdp: int, ep: int, cp: int, tp: int, cut: bool) -> float:
+        """Seconds in which the gradients are summed over the devices that hold the same parameters."""
+        dense = experts = 0.0
+        for shard in self._shards(pp, fsdp, ep, tp, cut):
+            if "ep" in shard.axes and not cut:
+                experts += shard.local * self.size
+            else:
+                dense += shard.local * self.size
+        # A device's replicas: over cp always, over dp, and over fsdp and ep unless they cut the tensor.
+        over_cp, inner = self.group(tp, cp), tp * cp * ep
+        if cut:
+            return over_cp.all_reduce(dense) + self.group(inner * fsdp, dp).all_reduce(dense)
+        total = self.group(tp, cp * ep * fsdp * dp).all_reduce(dense)
+        if experts:
+            total += over_cp.all_reduce(experts) + self.group(inner, fsdp * dp).all_reduce(experts)
+        return total
+
+    def _accumulate(self, pp: int, fsdp: int, ep: int, tp: int, cut: bool) -> float:
+        """Seconds in which one microbatch's gradients are added to the others'."""
+        return self._elements(pp, fsdp, ep, tp, cut) * _ACCUMULATE_BYTES / self.bandwidth
+
+    def _update(self, pp: int, fsdp: int, ep: int, tp: int, cut: bool) -> tuple[float, float]:
+        """Seconds of the optimizer on a device's share of the state, and of that share's way to the host and back."""
+        elements, optimizer = self._elements(pp, fsdp, ep, tp, cut), self.workload.optimizer
+        wide = 2 if self.workload.precision == "bfloat16" else 4
+        seconds = elements * _UPDATE_BYTES[optimizer] * wide / 4 / self.bandwidth
+        if optimizer == "muon":
+            seconds += elements * _NEWTON_SCHULZ_FLOPS * self.config.embed / self.flops
+        moved = 2 * elements * _STATE_BYTES[optimizer] * wide / 4 / self.cluster.hardware.host_link
+        return seconds, moved
+
+    def _elements(self, pp: int, fsdp: int, ep: int, tp: int, cut: bool) -> int:
+        return sum(shard.local for shard in self._shards(pp, fsdp, ep, tp, cut))
+
+    def _shards(self, pp: int, fsdp: int, ep: int, tp: int, cut: bool) -> tuple[Shard, ...]:
+        return shards(self.config, Layout(pp=pp, fsdp=fsdp, ep=ep, tp=tp), cut=cut)
+
+    # Kept activations.
+
+    def _kept(self, rows: int, cp: int, tp: int, sequence_parallel: bool, remat: Remat) -> float:
+        """Seconds in which what one layer keeps of a microbatch goes to the host and comes back."""
+        whole = self.stream(rows, self.workload.seq_len, cp)
+        kept = whole / tp if sequence_parallel else whole
+        if remat != "full":
+            cut = Cut(rows, self.workload.seq_len, tp=tp, cp=cp)
+            for kind, share in self.kinds:
+                work = forward(self.config, kind, cut, attention=self.stack.attention, size=self.size)
+                results = sum(matmul.rows * matmul.columns * matmul.copies for matmul in work.weights) * self.size
+                kept += share * (results if remat == "dots" else results + work.moved / 2)
+        return 2 * kept / self.cluster.hardware.host_link
+
+
+def _spread(matmul: Matmul, ways: int) -> Matmul:
+    """The share of one of `ways` devices in the products of all of them, each holding a part of the weights."""
+    return Matmul(matmul.rows * ways, matmul.columns, matmul.inner / ways, matmul.copies)

@@ -24,6 +24,7 @@ from tbjax.layers.linear import as_sharding
 from tbjax.layers.mlp import MLP
 from tbjax.layers.moe import MixtureOfExperts, RouterLoad
 from tbjax.layers.norm import LayerNorm, RMSNorm
+from tbjax.remat import Remat, rematerialised
 from tbjax.sharding import Sharding
 
 Angles = tuple[jax.Array, jax.Array] | None
@@ -157,8 +158,15 @@ class Decoder(nnx.Module):
         attention_mask: jax.Array | None = None,
         positions: jax.Array | None = None,
         cache: KVCache | None = None,
+        *,
+        dtype: Any = None,
+        remat: Remat | None = None,
     ) -> Hidden:
-        """Everything but the head. With a cache, `tokens` follow those that it holds."""
+        """Everything but the head. With a cache, `tokens` follow those that it holds.
+
+        `dtype` is that of the matmuls and activations (default: the parameters'). `remat` is for training: what the
+        backward pass computes again rather than keeps, see `tbjax.remat`.
+        """
         config = self.config
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -174,7 +182,7 @@ class Decoder(nnx.Module):
         keys = Keys(slots, known, jnp.maximum(jnp.cumsum(known, axis=1) - 1, 0) * known)
         positions = jnp.broadcast_to(slots, tokens.shape) if positions is None else jnp.asarray(positions)
 
-        x = self.embedding(tokens)
+        x = self.embedding(tokens, dtype)
         if config.embed_scale is not None:
             x = x * jnp.asarray(config.embed_scale, x.dtype)
         angles = {
@@ -184,23 +192,35 @@ class Decoder(nnx.Module):
         loads, layers = [], []
         for group, stack in enumerate(self.stacks):
             old = None if cache is None else cache.layers[group]
-            x, new, load = self._run(group, stack, x, keys, angles, valid, old)
+            x, new, load = self._run(group, stack, x, keys, angles, valid, old, remat)
             layers.append(new)
             loads += load
         if cache is not None:
             cache = KVCache(layers, known, cache.length + tokens.shape[1])
         return Hidden(self.final_norm(x), cache, auxiliary_loss(loads))
 
-    def _run(self, group: int, stack: Any, x: jax.Array, keys: Keys, angles: dict, valid: jax.Array, cache: Any):
+    def _run(
+        self,
+        group: int,
+        stack: Any,
+        x: jax.Array,
+        keys: Keys,
+        angles: dict,
+        valid: jax.Array,
+        cache: Any,
+        remat: Remat | None,
+    ) -> tuple[jax.Array, Any, list[RouterLoad]]:
         """All repeats of one group."""
         config, pattern, repeats = self.config, *self.config.groups[group][:2]
         ropes = [config.window_rope if kind.window and config.window_rope else config.rope for kind in pattern]
+
+        apply = rematerialised(lambda block, *args: block(*args), remat)
 
         def once(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
             blocks, old = layer
             new, loads = [], []
             for position, (block, table) in enumerate(zip(blocks, ropes, strict=True)):
-                x, kv, load = block(x, keys, angles[table], valid, None if old is None else old[position])
+                x, kv, load = apply(block, x, keys, angles[table], valid, None if old is None else old[position])
                 new.append(kv)
                 loads += [] if load is None else [load]
             return x, (None if old is None else new, loads)

@@ -14,6 +14,7 @@ import enum
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -74,6 +75,14 @@ class ShardingStrategy(enum.StrEnum):
     def cuts_parameters(self) -> bool:
         return self in (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD)
 
+    @property
+    def cuts_gradients(self) -> bool:
+        return self.cuts_parameters or self is ShardingStrategy.SHARD_GRAD_OP
+
+    @property
+    def cuts_optimizer(self) -> bool:
+        return self.cuts_gradients or self is ShardingStrategy.OPTIMIZER
+
 
 class Leaf(NamedTuple):
     """One parameter of a module: its dotted path, its dimensions, its variable."""
@@ -118,10 +127,16 @@ class Sharding:
 
     # Parameters.
 
-    def parameter(self, dims: Dims, shape: tuple[int, ...], name: str = "parameter") -> NamedSharding:
-        """Where a parameter lies. Raises, naming it, where a dimension does not divide."""
+    def parameter(
+        self, dims: Dims, shape: tuple[int, ...], name: str = "parameter", *, cut: bool | None = None
+    ) -> NamedSharding:
+        """Where a parameter lies. Raises, naming it, where a dimension does not divide.
+
+        `cut` says whether the data axes cut it: by default as the strategy has parameters, though what belongs to a
+        parameter (its gradient, its optimizer state) may lie otherwise.
+        """
         axes = dict(PARAMETER_AXES)
-        if not self.strategy.cuts_parameters:
+        if not (self.strategy.cuts_parameters if cut is None else cut):
             axes["embed"] = ()
         spec = self._spec(dims, axes)
         for dim, size, entry in zip(dims, shape, spec, strict=True):
@@ -140,9 +155,11 @@ class Sharding:
         value = variable[...]
         if dtype is not None:
             value = value.astype(dtype)
-        if self.size(*DATA_AXES) == 1 or not self.strategy.cuts_parameters:
+        if self.size(*DATA_AXES) == 1 or not self.strategy.cuts_gradients:
             return value
-        return self._constrain(value, self._spec(tuple(variable.dims), dict(PARAMETER_AXES) | {"embed": ()}))
+        dims = tuple(variable.dims)
+        used, stored = (self.parameter(dims, value.shape, cut=cut).spec for cut in (False, True))
+        return _gathered(value, self, used, stored)
 
     def project(self, x: jax.Array, weight: nnx.Variable) -> jax.Array:
         """x Wᵀ for a weight [out, in] and x [..., in], moving whichever of the two is smaller."""
@@ -154,11 +171,13 @@ class Sharding:
         y = _matmul(x, weight[...].astype(x.dtype))
         return self._constrain(y, self.activation((*leading, weight.dims[0]), y.shape, STATIONARY_AXES))
 
-    def lookup(self, tokens: jax.Array, table: nnx.Variable) -> jax.Array:
+    def lookup(self, tokens: jax.Array, table: nnx.Variable, dtype: Any = None) -> jax.Array:
         """The rows of a table [V, D], moving whichever is smaller, them or the table."""
         if tokens.size > STATIONARY_SHARE * table.shape[0]:
-            return jnp.take(self.use(table), tokens, axis=0, mode="clip")
-        found = jnp.take(table[...], tokens, axis=0, mode="clip")
+            used = self.parameter(tuple(table.dims), table.shape, cut=False).spec
+            # The gradient of a lookup lies as the table does in use, and is then cut: see `_gathered`.
+            return _take(self._constrain(self.use(table, dtype), used), tokens, table.shape[0])
+        found = jnp.take(table[...], tokens, axis=0, mode="clip").astype(dtype or table.dtype)
         return self._constrain(
             found, self.activation((*leading_dims(found), table.dims[1]), found.shape, STATIONARY_AXES)
         )
@@ -276,6 +295,46 @@ class Sharding:
         except ValueError:
             return False
         return True
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(value: jax.Array, sharding: Sharding, used: PartitionSpec, stored: PartitionSpec) -> jax.Array:
+    """`value` laid as `used`, and its gradient as `stored`: left to itself the gradient would be laid as the value is,
+    which sums all of it onto every device only to drop most."""
+    return sharding._constrain(value, used)
+
+
+def _gathered_forward(value: jax.Array, sharding: Sharding, used: PartitionSpec, stored: PartitionSpec) -> Any:
+    return _gathered(value, sharding, used, stored), None
+
+
+def _gathered_backward(
+    sharding: Sharding, used: PartitionSpec, stored: PartitionSpec, kept: None, gradient: jax.Array
+) -> Any:
+    return (sharding._constrain(gradient, stored),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _take(table: jax.Array, tokens: jax.Array, rows: int) -> jax.Array:
+    """The rows of `tokens`. A row's gradient is summed in float32: thousands of tokens may share one."""
+    return jnp.take(table, tokens, axis=0, mode="clip")
+
+
+def _take_forward(table: jax.Array, tokens: jax.Array, rows: int) -> Any:
+    return _take(table, tokens, rows), tokens
+
+
+def _take_backward(rows: int, tokens: jax.Array, gradient: jax.Array) -> Any:
+    summed = (
+        jnp.zeros((rows, gradient.shape[-1]), jnp.float32).at[tokens].add(gradient.astype(jnp.float32), mode="clip")
+    )
+    return summed.astype(gradient.dtype), None
+
+
+_take.defvjp(_take_forward, _take_backward)
 
 
 def leading_dims(x: jax.Array) -> Dims:

@@ -48,8 +48,9 @@ class TensorParallelEmbedding(nnx.Module):
             value = self.weight[...]
             self.weight[...] = jnp.where(jnp.arange(rows)[:, None] < num_embeddings, value, jnp.zeros_like(value))
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.sharding.residual(self.sharding.lookup(tokens, self.weight))
+    def __call__(self, tokens: jax.Array, dtype: Any = None) -> jax.Array:
+        """The rows of `tokens`, in `dtype` (default: the table's)."""
+        return self.sharding.residual(self.sharding.lookup(tokens, self.weight, dtype))
 
     def logits(self, x: jax.Array) -> jax.Array:
         """The score of every token: x against each row."""

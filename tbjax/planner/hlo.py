@@ -1,0 +1,235 @@
+"""What a compiled program does between devices, read from its HLO text.
+
+The text lists computations, each a list of instructions; some instructions run other computations (a fusion, a loop's
+body). Walking from the entry and multiplying by every loop's trip count on the way gives how often each instruction
+runs. For the collectives among them, the groups of devices say over which mesh axes they go: the axes along which the
+members of a group differ.
+
+The TPU compiler also notes its own estimate of an instruction's cycles; summed in the same walk they are an estimate of
+the time that one core computes (transfers that run beside it are not in it).
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+
+# Bits of an element, by the names that HLO gives to types.
+BITS = {
+    name: bits
+    for bits, names in {
+        4: "s4 u4 f4e2m1fn",
+        8: "pred s8 u8 f8e3m4 f8e4m3 f8e4m3fn f8e4m3b11fnuz f8e5m2 f8e8m0fnu",
+        16: "s16 u16 f16 bf16",
+        32: "s32 u32 f32",
+        64: "s64 u64 f64 c64",
+        128: "c128",
+    }.items()
+    for name in names.split()
+}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
+# The result's shape may be a tuple with nested parentheses; the operation is the first word after it that opens one.
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
+_OPERATION = re.compile(r"(?:^|[\s)}\]])(?P<operation>[a-z][\w\-]*)\(")
+_SHAPE = re.compile(r"(?P<dtype>[a-z]\w*)\[(?P<dims>[\d,<=]*)\]")
+_CALLED = re.compile(r"\b(?:calls|to_apply|called_computations|branch_computations|body)=(?:\{([^}]*)\}|%?([\w.\-]+))")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_IOTA = re.compile(r"replica_groups=\[(?P<groups>[\d,]+)\]<=\[(?P<dims>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?")
+_LISTED = re.compile(r"replica_groups=\{(?P<groups>(?:\{[\d,]*\},?)*)\}")
+_MESH = re.compile(r"replica_groups=@?mesh\[(?P<axes>[^\]]*)\](?P<layout>[^{]*)\{(?P<over>[^}]*)\}")
+_PAIRS = re.compile(r"source_target_pairs=\{(?P<pairs>(?:\{\d+,\d+\},?)*)\}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+    """All collectives of one kind over the same axes."""
+
+    kind: str
+    axes: tuple[str, ...]  # of the mesh; empty where the groups follow no axis
+    count: int  # how often they run, loops included
+    bytes: int  # of the whole buffers on one device, summed: what was gathered, or what was reduced
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What a walk through a program finds."""
+
+    collectives: tuple[Collective, ...]
+    cycles: int  # 0 where the compiler does not say
+    unknown_loops: int  # loops whose trip count the text does not tell; counted as one trip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    operation: str
+    result: str  # its shape
+    text: str  # what follows the operation's name
+    root: bool
+
+
+def read(text: str, mesh: Mapping[str, int]) -> Program:
+    """The collectives and cycles of a compiled program, for devices numbered along `mesh`, outermost axis first."""
+    computations, entry = _computations(text)
+    counts: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    volumes: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    cycles = unknown = 0
+    for instruction, times in _runs(computations, entry, 1):
+        if instruction.operation == "while":
+            unknown += _trips(instruction, computations) is None
+        noted = _CYCLES.search(instruction.text)
+        cycles += times * int(noted[1]) if noted else 0
+        kind = instruction.operation.removesuffix("-start")
+        if kind in KINDS:
+            groups = _groups(instruction.text, mesh)
+            key = kind, _axes(groups, mesh)
+            counts[key] += times
+            volumes[key] += times * _volume(instruction, kind, groups)
+    collectives = [
+        Collective(kind=kind, axes=axes, count=count, bytes=volumes[kind, axes])
+        for (kind, axes), count in sorted(counts.items())
+    ]
+    return Program(collectives=tuple(collectives), cycles=cycles, unknown_loops=unknown)
+
+
+def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    computations: dict[str, list[_Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            if header := _COMPUTATION.match(line):
+                current = computations.setdefault(header["name"], [])
+                entry = header["name"] if header[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif match := _INSTRUCTION.match(line):
+            rest = match["rest"]
+            if operation := _OPERATION.search(rest):
+                current.append(
+                    _Instruction(
+                        match["name"],
+                        operation["operation"],
+                        rest[: operation.start("operation")],
+                        rest[operation.end() :],
+                        match[1] is not None,
+                    )
+                )
+    if not entry:
+        raise ValueError("this is not HLO text: it has no ENTRY computation.")
+    return computations, entry
+
+
+def _runs(computations: Mapping[str, list[_Instruction]], name: str, times: int) -> Iterator[tuple[_Instruction, int]]:
+    """Every instruction that runs within a computation, and how often."""
+    for instruction in computations.get(name, ()):
+        yield instruction, times
+        inner = times * (_trips(instruction, computations) or 1) if instruction.operation == "while" else times
+        for several, one in _CALLED.findall(instruction.text):
+            for called in several.split(",") if several else [one]:
+                yield from _runs(computations, called.strip().lstrip("%"), inner)
+
+
+def _trips(loop: _Instruction, computations: Mapping[str, list[_Instruction]]) -> int | None:
+    """How often a loop's body runs: as the compiler notes it, or as the condition bounds a counter from zero."""
+    if noted := _TRIP_COUNT.search(loop.text):
+        return int(noted[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.text)
+    instructions = {i.name: i for i in computations.get(condition[1] if condition else "", ())}
+    root = next((i for i in instructions.values() if i.root), None)
+    if root is None:
+        return None
+    if root.operation == "fusion" and (called := _CALLED.search(root.text)):  # the comparison, fused
+        bounds = [i for i in instructions.values() if i.operation == "constant"]
+        inner = computations.get(called[2] or "", ())
+        compares = any(i.operation == "compare" and "direction=LT" in i.text for i in inner)
+    else:
+        operands = [instructions.get(n) for n in re.findall(r"%?([\w.\-]+)", root.text.split(")")[0])]
+        bounds = [i for i in operands if i is not None and i.operation == "constant"]
+        compares = root.operation == "compare" and "direction=LT" in root.text
+    bound = re.match(r"(\d+)\)", bounds[0].text) if compares and len(bounds) == 1 else None
+    return int(bound[1]) if bound else None
+
+
+def _groups(text: str, mesh: Mapping[str, int]) -> np.ndarray:
+    """The groups of devices that a collective joins, one a row; for a permutation its pairs of devices."""
+    if match := _IOTA.search(text):
+        shape, dims = _numbers(match["groups"]), _numbers(match["dims"])
+        devices = np.arange(math.prod(dims)).reshape(dims)
+        if match["order"]:
+            devices = devices.transpose(_numbers(match["order"]))
+        return devices.reshape(shape)
+    if match := _MESH.search(text):
+        return _groups_of_mesh(match["axes"], match["over"])
+    pairs = _PAIRS.search(text)
+    if match := pairs or _LISTED.search(text):
+        found = [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", match[1]) if group]
+        if found:
+            return np.asarray(found)
+    return np.arange(math.prod(mesh.values()))[None]  # no groups: all devices in one
+
+
+def _groups_of_mesh(axes: str, over: str) -> np.ndarray:
+    """Groups written as axes of a mesh of the compiler's own: `mesh['a'=4,'b'=2] {'a'}`, parts as `'a':(1)2`.
+
+    A part `'a':(m)s` is a sub-axis: split into m, s and what remains, the middle factor.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    chosen = [
+        (name, int(before or 1), int(size or sizes[name]))
+        for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", over)
+    ]
+    # Every axis as its factors, so that each chosen part is a dimension of its own.
+    factors: list[int] = []
+    grouped: dict[tuple[str, int], int] = {}
+    for name, size in sizes.items():
+        done = 1
+        for _, before, part in sorted(c for c in chosen if c[0] == name):
+            factors += [before // done, part]
+            grouped[name, before] = len(factors) - 1
+            done = before * part
+        factors.append(size // done)
+    inner = [grouped[name, before] for name, before, _ in chosen]
+    outer = [i for i in range(len(factors)) if i not in inner]
+    devices = np.arange(math.prod(factors)).reshape(factors).transpose(outer + inner)
+    return devices.reshape(-1, math.prod(factors[i] for i in inner))
+
+
+def _axes(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes along which the devices of a group differ."""
+    places = np.stack(np.unravel_index(groups, tuple(mesh.values())))  # [axis, group, member]
+    return tuple(axis for axis, place in zip(mesh, places, strict=True) if np.any(place != place[:, :1]))
+
+
+def _volume(instruction: _Instruction, kind: str, groups: np.ndarray) -> int:
+    """The bytes of the whole buffers that one device takes part with."""
+    started = instruction.operation.endswith("-start")
+    if started and kind != "all-reduce":  # the result names operands and results
+        return max(_bytes(part) for part in _parts(instruction.result)[:2])
+    return _bytes(instruction.result) * (groups.shape[1] if kind == "reduce-scatter" else 1)
+
+
+def _parts(shape: str) -> list[str]:
+    """The elements of a tuple's shape."""
+    depths = itertools.accumulate((c in "([{") - (c in ")]}") for c in shape)
+    cuts = [i for i, (c, depth) in enumerate(zip(shape, depths, strict=True)) if c == "," and depth == 1]
+    return [shape[a + 1 : b] for a, b in itertools.pairwise([shape.find("("), *cuts, len(shape)])] or [shape]
+
+
+def _bytes(shape: str) -> int:
+    return sum(
+        math.ceil(math.prod(_numbers(dims.replace("<=", ""))) * BITS[dtype] / 8)
+        for dtype, dims in _SHAPE.findall(shape)
+        if dtype in BITS
+    )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(",") if n)

@@ -1,0 +1,182 @@
+"""Asks the target's own compiler: does the program that a plan describes fit, and what does it do between devices?
+
+    verify(config, workload, layout, cluster("h100:8x8"))       # on any machine, with `tbjax[verify]` installed
+
+The compiler runs in a process of its own (`tbjax.planner.compile`), so that the caller's JAX is as it was, whatever
+devices it has or lacks.
+
+A program scanned over its layers compiles as fast at any depth, so whole models are compiled as they are. Where the
+layers do not repeat and compiling is long, `depths=(a, b)` compiles two shallow models instead and extrapolates
+linearly: layers that are alike add the same to every figure. The result says so.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from tbjax.config import ModelConfig
+from tbjax.planner.compilers import Compiler, compiler_for, environment, require
+from tbjax.planner.hardware import Cluster, cluster
+from tbjax.planner.hlo import Collective
+from tbjax.planner.plain import plain, restore
+from tbjax.planner.workload import Layout, Workload
+
+
+class CompilationError(RuntimeError):
+    """The compiler refused the program, or did not finish."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What the compiler made of one program."""
+
+    name: str  # "step" of training; "prefill" and "decode" of inference
+    # On one device: argument, output, alias (output that replaces arguments), temp, generated_code, host (bytes
+    # offloaded to the host) and the compiler's own peak, 0 where it does not say.
+    bytes: Mapping[str, int]
+    collectives: tuple[Collective, ...]
+    cycles: int  # TPU: the compiler's estimate for one core, loops included; 0 elsewhere
+    unknown_loops: int  # loops whose trip count the program does not tell (decoding until the end): counted once
+    seconds: float  # that compiling took
+
+    @property
+    def total(self) -> int:
+        """The bytes that a device must have free: arguments, temporaries, and results that replace no arguments."""
+        return self.bytes["argument"] + self.bytes["output"] - self.bytes["alias"] + self.bytes["temp"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verification:
+    """The compiler's verdict."""
+
+    compiler: Compiler
+    cluster: Cluster
+    programs: tuple[Program, ...]
+    depths: tuple[int, int] | None = None  # the two depths that were compiled in place of the model's own
+
+    @property
+    def compiled(self) -> Program:
+        """The program that needs most memory."""
+        return max(self.programs, key=lambda program: program.total)
+
+    @property
+    def fits(self) -> bool:
+        return self.margin >= 0
+
+    @property
+    def margin(self) -> int:
+        """Bytes that are left on each device; negative: that are missing."""
+        return self.cluster.hardware.usable - self.compiled.total
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        return self.compiled.collectives
+
+    @property
+    def compile_seconds(self) -> float:
+        return sum(program.seconds for program in self.programs)
+
+    @property
+    def cycles(self) -> int:
+        return self.compiled.cycles
+
+
+def verify(
+    config: ModelConfig,
+    workload: Workload,
+    layout: Layout,
+    cluster_spec: Cluster | str,
+    compiler: str = "auto",
+    *,
+    timeout: float = 600,
+    depths: tuple[int, int] | None = None,
+    progress: bool | None = None,
+) -> Verification:
+    """Compile the programs of a workload for a cluster. `timeout` is in seconds, for each compilation.
+
+    `progress` shows a line while the compiler works: by default where standard error is a terminal.
+    """
+    where = cluster(cluster_spec)
+    if layout.devices != where.devices:
+        raise ValueError(f"the layout {dict(layout.mesh)} is of {layout.devices} devices, {where} has {where.devices}.")
+    chosen = compiler_for(where, compiler)
+    require(chosen)
+    case = {"workload": workload, "layout": layout, "cluster": where, "compiler": chosen}
+    if depths is None:
+        programs = _compile(config, case, timeout, progress)
+    else:
+        shallow, deep = (_compile(_cut(config, depth), case, timeout, progress) for depth in sorted(depths))
+        programs = [_extrapolate(a, b, depths, config.layers) for a, b in zip(shallow, deep, strict=True)]
+    return Verification(compiler=chosen, cluster=where, programs=tuple(programs), depths=depths)
+
+
+def _compile(config: ModelConfig, case: Mapping[str, Any], timeout: float, progress: bool | None) -> list[Program]:
+    where, chosen = case["cluster"], case["compiler"]
+    console = Console(stderr=True)
+    shown = console.is_terminal if progress is None else progress
+    console.quiet = not shown
+    try:
+        with console.status(f"compiling {config.layers} layers for {where} ({chosen})"):
+            process = subprocess.run(
+                [sys.executable, "-m", "tbjax.planner.compile"],
+                input=json.dumps(plain({"config": config, **case})),
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                env=environment(chosen, where.devices),
+            )
+    except subprocess.TimeoutExpired:
+        raise CompilationError(
+            f"compiling {config.layers} layers for {where} did not end within timeout={timeout:g} s: give it more, or "
+            "compile two depths and extrapolate, such as depths=(2, 4)."
+        ) from None
+    if process.returncode or not process.stdout:
+        raise CompilationError(f"the {chosen!r} compiler died ({process.returncode}):\n{process.stderr[-2000:]}")
+    answer = json.loads(process.stdout)
+    if "error" in answer:
+        kinds = {"ValueError": ValueError, "NotImplementedError": NotImplementedError}
+        raise kinds.get(answer["error"], CompilationError)(answer["message"])
+    return [restore(Program, program) for program in answer["programs"]]
+
+
+def _cut(config: ModelConfig, layers: int) -> ModelConfig:
+    """The model with its first `layers` layers."""
+    if not 0 < layers <= config.layers:
+        raise ValueError(f"depths has {layers}, but the model has {config.layers} layers.")
+    return dataclasses.replace(config, layer_kinds=config.layer_kinds[:layers])
+
+
+def _extrapolate(shallow: Program, deep: Program, depths: tuple[int, int], layers: int) -> Program:
+    first, second = sorted(depths)
+    if first == second:
+        raise ValueError(f"depths={depths} must differ.")
+
+    def at_depth(a: int, b: int) -> int:
+        return round(a + (b - a) * (layers - first) / (second - first))
+
+    counts, volumes = [], []
+    for program in (shallow, deep):
+        counts.append(Counter({(c.kind, c.axes): c.count for c in program.collectives}))
+        volumes.append(Counter({(c.kind, c.axes): c.bytes for c in program.collectives}))
+    return Program(
+        name=deep.name,
+        bytes={kind: at_depth(shallow.bytes[kind], deep.bytes[kind]) for kind in deep.bytes},
+        collectives=tuple(
+            Collective(
+                kind=kind,
+                axes=axes,
+                count=at_depth(counts[0][kind, axes], counts[1][kind, axes]),
+                bytes=at_depth(volumes[0][kind, axes], volumes[1][kind, axes]),
+            )
+            for kind, axes in sorted(counts[0] | counts[1])
+        ),
+        cycles=at_depth(shallow.cycles, deep.cycles),
+        unknown_loops=deep.unknown_loops,
+        seconds=shallow.seconds + deep.seconds,
+    )

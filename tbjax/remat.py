@@ -1,0 +1,40 @@
+"""What the backward pass keeps of each layer's forward pass, and what it computes again.
+
+    none   keeps every intermediate value
+    dots   keeps what matmuls with weights gave, and computes what lies between them again
+    full   keeps the layer's input alone, and runs the layer again
+
+Under no policy is a gathered weight kept: with FSDP that would keep the whole model on every device, so weights are
+gathered a second time. A gathered weight is a cast and a relayout of a stored one, and so all casts and relayouts are
+among what is computed again; others of them cost next to nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import jax
+
+Remat: TypeAlias = Literal["none", "dots", "full"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# How a weight becomes what a matmul takes, by the names of JAX's primitives.
+CASTS_AND_RELAYOUTS = ("convert_element_type", "sharding_constraint")
+
+
+def rematerialised(layer: Function, remat: Remat | None) -> Function:
+    """`layer`, with the policy for its backward pass (None where there is no backward pass)."""
+    if remat is None:
+        return layer
+    policies = {
+        "none": _all_but_casts_and_relayouts,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }
+    if remat not in policies:
+        raise ValueError(f"remat={remat!r} is unknown: tbjax knows {', '.join(map(repr, policies))}.")
+    # Inside a scan XLA cannot merge the second computation with the first, so it need not be prevented from it.
+    return jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
+
+
+def _all_but_casts_and_relayouts(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name not in CASTS_AND_RELAYOUTS

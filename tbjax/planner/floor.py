@@ -36,7 +36,7 @@ def coordinates(device: int, sizes: Sizes) -> dict[str, int]:
     place = {}
     for axis in reversed(AXES):
         device, place[axis] = divmod(device, sizes[axis])
-    return place
+    return {axis: place[axis] for axis in AXES}
 
 
 def box_devices(cluster: Cluster) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tbjax.pipeline.picture import svg
 from tbjax.pipeline.schedule import named
 from tbjax.pipeline.simulate import Times, simulate
-from tbjax.planner import drawing, floor, words
+from tbjax.planner import compared, drawing, floor, words
 from tbjax.planner.markup import Child, Markup, element
 from tbjax.planner.workload import Layout
 
@@ -95,7 +95,7 @@ def _head(plan: "Plan") -> Markup:
         element(
             "dl",
             [
-                element("div", element("dt", name), element("dd", figure, element("small", note) if note else None))
+                element("div", element("dt", name), element("dd", _unbroken(figure), element("small", note)))
                 for name, figure, note in words.figures(plan)
             ],
             class_="figures",
@@ -127,7 +127,7 @@ def _nodes(plan: "Plan") -> Markup:
         boxes = [
             element(
                 "figure",
-                element("figcaption", element("b", box.title), f"  {box.shared}" if box.shared else None),
+                element("figcaption", element("b", box.title), element("small", box.shared) if box.shared else None),
                 box.picture,
             )
             for box in row.boxes
@@ -169,6 +169,22 @@ def _torus_dimensions(plan: "Plan") -> dict[str, int]:
     return {name: size for name, size in floor.dimensions(plan.cluster).items() if name in "xyz"}
 
 
+def _runners_up(plan: "Plan") -> Markup | None:
+    contenders = words.contenders(plan, RUNNERS_UP)
+    if len(contenders) == 1:
+        return None
+    rows = [
+        (
+            element("span", name, class_="whole"),
+            [_unbroken(words.mesh(each.layout)), element("small", words.options(each.layout))],
+            words.gib(each.memory.total),
+            words.seconds(each.time.total),
+        )
+        for name, each in contenders
+    ]
+    return _section("The plan and its runners-up", _table(("", "Mesh", "#Memory", "#Time"), rows, chosen=0))
+
+
 def _memory(plan: "Plan") -> Markup:
     limit = plan.cluster.hardware.usable
     contenders = words.contenders(plan, RUNNERS_UP)
@@ -178,13 +194,16 @@ def _memory(plan: "Plan") -> Markup:
         _bar(_spelled(name, each), f"{words.gib(each.memory.total)} of {words.gib(limit)}", each.memory.parts, scale)
         for name, each in contenders
     ]
+    notes = ["The upright line is what a program may hold."]
+    if plan.memory.moment:
+        notes.append(f"Counted at the fullest moment of this plan: {plan.memory.moment}.")
     foot = [("In all", words.gib(plan.memory.total), ""), ("A program may hold", words.gib(limit), "")]
     if plan.memory.host:
         foot.append(("In the host's memory", words.gib(plan.memory.host), ""))
     return _section(
         f"Memory of one {words.device(plan.cluster)}",
         _beside(
-            [element("div", bars, class_="bars"), _note("The upright line is what a program may hold.")],
+            [element("div", bars, class_="bars"), _note(" ".join(notes))],
             _table(("This plan", "#Size", "#Share"), _shares(plan.memory.parts, scale), foot),
         ),
     )
@@ -246,24 +265,22 @@ def _pass_times(plan: "Plan") -> Times:
 
 
 def _verified(plan: "Plan", verification: "Verification | None") -> Markup | None:
-    return None
-
-
-def _runners_up(plan: "Plan") -> Markup | None:
-    contenders = words.contenders(plan, RUNNERS_UP)
-    if len(contenders) == 1:
+    if verification is None:
         return None
-    rows = [
-        (
-            element("span", name, class_="whole"),
-            element("span", words.mesh(each.layout), class_="whole"),
-            words.options(each.layout),
-            words.gib(each.memory.total),
-            words.seconds(each.time.total),
-        )
-        for name, each in contenders
-    ]
-    return _section("The plan and its runners-up", _table(("", "Mesh", "With", "#Memory", "#Time"), rows, chosen=0))
+    talk = compared.collectives(verification)
+    return _section(
+        "What the compiler says",
+        element("p", compared.verdict(verification), class_=f"verdict {'good' if verification.fits else 'bad'}"),
+        _table(
+            (f"On one {words.device(plan.cluster)}", "#Predicted", "#Compiled", "#Difference"),
+            compared.memory(plan, verification),
+        ),
+        element("h3", "Collectives in the compiled program"),
+        _table(("Kind", "Along", "#Runs", "#Bytes"), talk) if talk else element("p", "None."),
+        element("h3", "The compiler's own account"),
+        _table(("Memory", "#Size"), compared.kinds(verification.compiled)),
+        _note(" ".join(compared.notes(verification))),
+    )
 
 
 def _rejected(plan: "Plan") -> Markup | None:
@@ -374,7 +391,7 @@ class _Scale(NamedTuple):
         return f"{self.named(part)} {self.written(size)}"
 
 
-def _bar(name: str, total: str, parts: Mapping[str, float], scale: _Scale) -> Markup:
+def _bar(name: Child, total: str, parts: Mapping[str, float], scale: _Scale) -> Markup:
     """One stacked bar, under what it is the bar of."""
     present = {part: size for part, size in parts.items() if size > 0}
     segments = [
@@ -410,5 +427,14 @@ def _shares(parts: Mapping[str, float], scale: _Scale) -> list[tuple[Markup, str
     return [(key(part), scale.written(size), words.share(size, whole)) for part, size in parts.items() if size > 0]
 
 
-def _spelled(name: str, contender: "Plan | Candidate") -> str:
-    return f"{name}: {words.mesh(contender.layout)}"
+def _spelled(name: str, contender: "Plan | Candidate") -> Child:
+    return [f"{name}: ", _unbroken(words.mesh(contender.layout))]
+
+
+def _unbroken(product: str) -> Child:
+    """A mesh such as `fsdp 8 x tp 8`, which breaks after a sign if it must, but not within an axis."""
+    *axes, last = product.split(words.TIMES)
+    return [
+        [[element("span", axis + words.TIMES.rstrip(), class_="whole"), " "] for axis in axes],
+        element("span", last, class_="whole"),
+    ]

@@ -1,4 +1,4 @@
-"""A plan in the terminal: what `print(plan)` shows.
+"""A plan in the terminal: what `print(plan)` shows, and a verification beside its prediction.
 
 Tables of rich, narrow enough for 80 columns; where there is room, memory and time stand side by side. Colour only
 repeats what the words say, so that a log without colour loses nothing.
@@ -13,10 +13,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tbjax.planner import words
+from tbjax.planner import compared, words
 
 if TYPE_CHECKING:
     from tbjax.planner.plan import Plan
+    from tbjax.planner.verify import Verification
 
 # Two tables side by side need so many columns.
 WIDE = 104
@@ -41,6 +42,20 @@ def report(plan: "Plan") -> RenderableType:
     if plan.rejected:
         parts.append(_rejected(plan))
     return Group(*parts)
+
+
+def verified(plan: "Plan", verification: "Verification") -> RenderableType:
+    """What was predicted beside what the compiler says."""
+    one = f"On one {words.device(plan.cluster)}"
+    talk = compared.collectives(verification)
+    return Group(
+        Text(compared.verdict(verification), style="green" if verification.fits else "red"),
+        _table("Memory", (one, "#Predicted", "#Compiled", "#Difference"), compared.memory(plan, verification)),
+        _table("Collectives", ("Kind", "Along", "#Runs", "#Bytes"), talk) if talk else Text("No collectives."),
+        _table("The compiler's own account", ("", "#"), compared.kinds(verification.compiled)),
+        Text(),
+        Text(" ".join(compared.notes(verification)), style="dim"),
+    )
 
 
 class _Beside:

@@ -102,6 +102,8 @@ def _three_digits(number: float) -> str:
 
 def title(key: str) -> str:
     """`saved_activations` as "Saved activations", with the field's abbreviations in their usual case."""
+    if key == "optimizer":
+        return "Optimizer state"
     words = [_SPELLED.get(word, word) for word in key.replace("_", " ").split()]
     return " ".join([words[0][:1].upper() + words[0][1:], *words[1:]]) if words else ""
 

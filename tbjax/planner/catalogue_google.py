@@ -10,13 +10,14 @@ from tbjax.planner.device import GB, MICROSECOND, TFLOPS, GiB, Hardware, Shape, 
 # Hop over an ICI link, and data-centre network: https://jax-ml.github.io/scaling-book/tpus, question 5; the network's
 # is NCCL's, for want of a published one.
 ICI_LATENCY = 1.0 * MICROSECOND
-TPU_PCIE = 15.0 * GB  # the scaling book, "typically around 1.5e10 bytes/second per chip"
+# The scaling book: "typically around 1.5e10 bytes/second per chip", and 32 GB/s on v6e. TPU7x has nothing published.
+PCIE = 15.0 * GB
+PCIE_V6E = 32.0 * GB
 
 # One way and link: the scaling book's table, about 90 % of the line rate in Google's documentation (a chip's 1200 GB/s
 # in both directions of six links are 100 GB/s).
 ICI_50 = 45.0 * GB
 ICI_100 = 90.0 * GB
-
 
 _BOOK = "https://jax-ml.github.io/scaling-book/tpus"
 _TPU = "https://docs.cloud.google.com/tpu/docs/"
@@ -27,13 +28,13 @@ _BELOW_A_CUBE: tuple[Shape, ...] = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), 
 _PLANES: tuple[Shape, ...] = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 
 
-def _tpu(*, page: str, **figures: object) -> Hardware:
+def _tpu(*, page: str, host_link: float = PCIE, **figures: object) -> Hardware:
     document = f"{_TPU}{page}"
     return Hardware(
         vendor="google",
         link_latency=ICI_LATENCY,
         network_latency=NETWORK_LATENCY,
-        host_link=TPU_PCIE,
+        host_link=host_link,
         sources={
             "flops": document,
             "memory": f"{document}; libtpu 0.0.42",
@@ -117,6 +118,7 @@ TPUS: tuple[Hardware, ...] = (
         shapes=_PLANES,
         link_bandwidth=ICI_100,
         network_bandwidth=gigabits(4 * 200) / 8,
+        host_link=PCIE_V6E,
         host_memory=1536 * GiB,
         device_kinds=("TPU v6 lite", "TPU v6e"),
         page="v6e",
@@ -136,6 +138,7 @@ TPUS: tuple[Hardware, ...] = (
         shapes=_BELOW_A_CUBE,
         link_bandwidth=ICI_100 / 2,
         network_bandwidth=gigabits(100) / 2,
+        host_link=PCIE_V6E / 2,  # no less than its predecessor's
         host_memory=960 * GB,
         device_kinds=("TPU7x",),
         page="tpu7x",

@@ -43,7 +43,6 @@ def _gpu(
     sheet: str,
     network: str,
     xla: str | None = None,
-    host: str | None = None,
     **figures: object,
 ) -> Hardware:
     """An NVIDIA record: what all of them have in common, and the compiler's figures from the compute capability."""
@@ -73,7 +72,7 @@ def _gpu(
             "link_bandwidth": sheet,
             "host_link": sheet,
             "network_bandwidth": network,
-            "host_memory": host or network,
+            "host_memory": network,
             "link_latency": NCCL_SOURCE,
             "network_latency": NCCL_SOURCE,
             "reserved": "1 - JAX_SHARE of the memory",
@@ -138,7 +137,6 @@ _AMPERE_FLOPS = {  # NVIDIA A100 Tensor Core GPU datasheet
 
 _DGX_A100 = "NVIDIA DGX A100 datasheet: 8 x 200 Gb/s HDR InfiniBand for compute"
 _DGX_H100 = "NVIDIA DGX H100 datasheet: 8 x 400 Gb/s ConnectX-7, 2 TB of host memory"
-_P4D = "AWS p4d.24xlarge: 1152 GiB of host memory"
 
 _V100_16 = _gpu(
     name="v100-16",
@@ -187,15 +185,14 @@ GPUS: tuple[Hardware, ...] = (
         link_latency=NVLINK_LATENCY,
         network_bandwidth=gigabits(200),
         host_link=PCIE_4,
-        host_memory=1152 * GiB,
+        host_memory=1 * TB,
         device_kinds=("NVIDIA A100-SXM4-40GB",),
         capability=(8, 0),
         cores=108,
         clock=1.41,
         l2=41943040,
         sheet="NVIDIA A100 Tensor Core GPU datasheet",
-        network=_DGX_A100,
-        host=_P4D,
+        network=f"{_DGX_A100}, 1 TB of host memory beside 320 GB of GPU memory",
         xla="a100_sxm_40",
     ),
     _gpu(

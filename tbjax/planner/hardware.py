@@ -87,19 +87,15 @@ class Cluster:
 
         Where hosts outnumber a domain that crosses them, they stand in as few domains as can hold equally many.
         """
-        slice_devices = self.hosts * self.devices_per_host
-        if self.hardware.torus or slice_devices <= self.hardware.domain:
-            within_host = not self.hardware.torus and self.hardware.domain <= self.hardware.devices_per_host
-            return self.devices_per_host if within_host else slice_devices
-        hosts = next(
-            (
-                self.hosts // domains
-                for domains in range(-(-slice_devices // self.hardware.domain), self.hosts)
-                if self.hosts % domains == 0
-            ),
-            1,
-        )
-        return hosts * self.devices_per_host if hosts > 1 else min(self.devices_per_host, self.hardware.domain)
+        kind, slice_devices = self.hardware, self.hosts * self.devices_per_host
+        if kind.torus:
+            return slice_devices
+        if kind.domain <= kind.devices_per_host:
+            within = self.devices_per_host
+            return within if within <= kind.domain else math.gcd(within, kind.domain)
+        fewest = -(-slice_devices // kind.domain)
+        domains = next(count for count in range(fewest, self.hosts + 1) if self.hosts % count == 0)
+        return slice_devices // domains
 
     @property
     def wraps(self) -> tuple[bool, ...]:

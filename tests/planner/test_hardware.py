@@ -25,6 +25,7 @@ GPUS = [record for record in RECORDS.values() if record.vendor == "nvidia"]
         ("h100:4", 4, 1, 4),
         ("h100:16x8", 128, 16, 8),
         ("h100:2x4", 8, 2, 4),  # half of each host: the network lies between the halves
+        ("h100:4x4", 16, 4, 4),
         ("gb200:18x4", 72, 18, 72),  # one rack: its NVLink crosses hosts
         ("gb200:36x4", 144, 36, 72),
         ("gb200:20x4", 80, 20, 40),  # two racks hold ten trays each
@@ -58,7 +59,9 @@ def test_every_switched_cluster_reads_back_and_shares_out_evenly(record: Hardwar
     built = Cluster(hardware=record, hosts=hosts, devices_per_host=data.draw(st.integers(1, record.devices_per_host)))
     assert cluster(str(built)) == built
     assert built.devices % built.fast_domain == 0
-    assert built.fast_domain <= max(record.domain, 1)
+    assert built.fast_domain <= record.domain
+    if record.domain <= record.devices_per_host:
+        assert built.fast_domain == built.devices_per_host
 
 
 @pytest.mark.parametrize("record", TPUS, ids=lambda record: record.name)
@@ -67,6 +70,12 @@ def test_every_slice_that_an_error_would_offer_exists(record: Hardware):
         built = cluster(f"{record.name}:{hw.spell(shape)}")
         assert built.devices == built.hosts * built.devices_per_host <= record.domain
         assert cluster(str(built)) == built
+
+
+def test_a_domain_smaller_than_a_host_is_what_is_joined():
+    bridged = dataclasses.replace(hardware("h100-pcie"), name="bridged", domain=2)
+    assert [Cluster(hardware=bridged, devices_per_host=count).fast_domain for count in (1, 2, 3, 8)] == [1, 2, 1, 2]
+    assert Cluster(hardware=bridged, hosts=4, devices_per_host=8).fast_domain == 2
 
 
 def test_a_torus_wraps_where_optical_switches_or_a_whole_pod_close_it():

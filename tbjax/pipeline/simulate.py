@@ -41,19 +41,23 @@ class Times:
     communication: PerStage = 0.0  # of one transfer, of activations or of their gradients; a tuple: by sending stage
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Sequence) and not isinstance(value, str):
+        for name in _FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, list):
                 value = tuple(value)
-                object.__setattr__(self, field.name, value)
+                object.__setattr__(self, name, value)
             for number in value if isinstance(value, tuple) else (value,):
-                if not isinstance(number, int | float) or not math.isfinite(number) or number < 0:
-                    raise ValueError(f"Times.{field.name}={value!r}: times are finite numbers, zero or more.")
+                if not isinstance(number, int | float) or not 0 <= number < math.inf:
+                    raise ValueError(f"Times.{name}={value!r}: times are finite numbers, zero or more.")
 
     @property
     def uniform(self) -> bool:
         """Whether every stage takes equally long."""
-        return not any(isinstance(getattr(self, field.name), tuple) for field in dataclasses.fields(self))
+        kinds = (self.forward, self.backward_input, self.backward_weight, self.communication)
+        return tuple not in map(type, kinds)
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Times))
 
 
 class Placed(NamedTuple):
@@ -107,8 +111,7 @@ def simulate(
     `weight_activations` is the part of a microbatch's activations that is held on from its input gradient to its weight
     gradient, in the schedules that split the two (M_W over M_B in the paper).
     """
-    if not 0 <= weight_activations <= 1:
-        raise ValueError(f"weight_activations={weight_activations!r} is a part of the activations: between 0 and 1.")
+    check_part(weight_activations)
     if wraps not in ("all", "first"):
         raise ValueError(f"wraps={wraps!r} is unknown: 'all' or 'first'.")
     graph = resolve(schedule, stages, microbatches)
@@ -137,6 +140,12 @@ def simulate(
         ends=tuple(ends),
         durations=tuple(durations),
     )
+
+
+def check_part(weight_activations: float) -> None:
+    """Raise ValueError unless the part of the activations that weight gradients need is one."""
+    if not 0 <= weight_activations <= 1:
+        raise ValueError(f"weight_activations={weight_activations!r} is a part of the activations: between 0 and 1.")
 
 
 def _run(

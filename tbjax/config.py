@@ -9,7 +9,7 @@ alternate.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 # Weights over the vocabulary are padded to a multiple of this, so that every usual degree of tensor parallelism divides
 # them and their shape does not depend on the mesh (most large families' vocabularies are multiples already).
@@ -19,11 +19,19 @@ VOCAB_MULTIPLE = 128
 LONGEST_PATTERN = 8
 
 
+RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
+Norm = Literal["rms", "layer"]
+NormPlacement = Literal["pre", "post", "both"]
+BlockKind = Literal["sequential", "parallel", "shared"]
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+QKNorm = Literal["head", "full"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
     """Rotary positions: the base, the part of a head that turns, how frequencies stretch beyond the trained length."""
 
-    kind: Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"] = "default"
+    kind: RopeKind = "default"
     theta: float = 10_000.0
     fraction: float = 1.0  # of head_dim that is rotated
     factor: float = 1.0  # linear, dynamic, yarn, llama3: the stretch
@@ -37,6 +45,18 @@ class Rope:
     short_factors: tuple[float, ...] = ()  # longrope, one per frequency, up to original_positions
     long_factors: tuple[float, ...] = ()  # longrope, beyond
 
+    def __post_init__(self) -> None:
+        _known("Rope", "kind", self.kind, RopeKind)
+        if self.kind not in ("default", "linear") and self.original_positions < 1:
+            raise ValueError(
+                f"Rope.original_positions={self.original_positions}: {self.kind} stretches from a trained length."
+            )
+        if self.kind == "longrope" and not (self.short_factors and len(self.short_factors) == len(self.long_factors)):
+            raise ValueError(
+                f"Rope.short_factors and long_factors have {len(self.short_factors)} and {len(self.long_factors)} "
+                "values: longrope needs as many of each, one for each frequency."
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoE:
@@ -47,6 +67,12 @@ class MoE:
     mlp: int  # the width of one expert
     normalize_weights: bool = True  # whether the chosen experts' weights are made to sum to one
     auxiliary_loss_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("experts", "experts_per_token", "mlp"):
+            _positive("MoE", name, getattr(self, name))
+        if self.experts_per_token > self.experts:
+            raise ValueError(f"MoE.experts_per_token={self.experts_per_token} exceeds MoE.experts={self.experts}.")
 
 
 class LayerKind(NamedTuple):
@@ -87,14 +113,14 @@ class ModelConfig:
     max_positions: int
 
     # Blocks.
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Norm = "rms"
     norm_epsilon: float = 1e-6
     norm_offset: float = 0.0  # Gemma stores its scales minus one
     # "pre": x + f(norm(x)). "post": x + norm(f(x)) (OLMo 2). "both": x + norm(f(norm(x))) (Gemma 2, 3).
-    norm_placement: Literal["pre", "post", "both"] = "pre"
+    norm_placement: NormPlacement = "pre"
     # "sequential": attention, then MLP. "parallel": each from its own norm of x, "shared": both from one (Falcon).
-    block: Literal["sequential", "parallel", "shared"] = "sequential"
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    block: BlockKind = "sequential"
+    activation: Activation = "silu"
     gated_mlp: bool = True
     qkv_bias: bool = False
     attention_out_bias: bool = False
@@ -105,9 +131,7 @@ class ModelConfig:
     rope: Rope | None = dataclasses.field(default_factory=Rope)
     window_rope: Rope | None = None  # for layers with a window, where it differs (Gemma 3)
     alibi: bool = False
-    qk_norm: Literal["head", "full"] | None = (
-        None  # normalised per head (Qwen 3, Gemma 3) or over all heads at once (OLMo 2)
-    )
+    qk_norm: QKNorm | None = None  # queries and keys, per head (Qwen 3, Gemma 3) or over all heads at once (OLMo 2)
     query_scale: float | None = None  # None: 1 / sqrt(head_dim)
     attention_softcap: float | None = None
 
@@ -120,19 +144,29 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embed", "mlp", "heads", "kv_heads", "head_dim", "max_positions"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"ModelConfig.{name} must be a positive integer, not {value!r}.")
+            _positive("ModelConfig", name, getattr(self, name))
+        for name, kind in (
+            ("norm", Norm), ("norm_placement", NormPlacement), ("block", BlockKind), ("activation", Activation),
+        ):  # fmt: skip
+            _known("ModelConfig", name, getattr(self, name), kind)
+        if self.qk_norm is not None:
+            _known("ModelConfig", "qk_norm", self.qk_norm, QKNorm)
         if not self.layer_kinds:
             raise ValueError("ModelConfig.layer_kinds is empty: a decoder needs at least one layer.")
         if self.heads % self.kv_heads:
             raise ValueError(f"ModelConfig.heads={self.heads} must be a multiple of kv_heads={self.kv_heads}.")
         if self.moe is None and any(kind.sparse for kind in self.layer_kinds):
             raise ValueError("ModelConfig.layer_kinds has sparse layers but ModelConfig.moe is None.")
-        if self.moe and self.moe.experts_per_token > self.moe.experts:
-            raise ValueError(
-                f"MoE.experts_per_token={self.moe.experts_per_token} exceeds MoE.experts={self.moe.experts}."
-            )
+        for index, kind in enumerate(self.layer_kinds):
+            if kind.window is not None:
+                _positive(f"ModelConfig.layer_kinds[{index}]", "window", kind.window)
+        for name in ("rope", "window_rope"):
+            rope = getattr(self, name)
+            if rope is not None and int(self.head_dim * rope.fraction) % 2:
+                raise ValueError(
+                    f"ModelConfig.head_dim={self.head_dim}: {name} turns features in pairs, so the part that it turns "
+                    f"(a share of {rope.fraction}) must be even."
+                )
 
     @property
     def layers(self) -> int:
@@ -162,6 +196,16 @@ class ModelConfig:
                 index, position = divmod(offset, len(group.pattern))
                 return LayerPlace(g, position, index)
         raise IndexError(f"layer {layer} of a model with {self.layers} layers")
+
+
+def _positive(owner: str, name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{owner}.{name} must be a positive integer, not {value!r}.")
+
+
+def _known(owner: str, name: str, value: object, kind: Any) -> None:
+    if value not in get_args(kind):
+        raise ValueError(f"{owner}.{name}={value!r} is unknown: tbjax knows {', '.join(map(repr, get_args(kind)))}.")
 
 
 def _groups(kinds: tuple[LayerKind, ...], first: int) -> list[Group]:

@@ -29,6 +29,7 @@ def generate(
 ) -> list[list[int]]:
     """The tokens that follow each prompt, up to and without the first of `eos_tokens`."""
     _check(model, prompts, max_new_tokens)
+    max_new_tokens = int(max_new_tokens)
     if max_new_tokens == 0:
         return [[] for _ in prompts]
     length = _bucket(max(map(len, prompts)))
@@ -93,6 +94,8 @@ def _until(tokens: list[int], eos: set[int]) -> list[int]:
 
 
 def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    if not isinstance(max_new_tokens, int | np.integer) or isinstance(max_new_tokens, bool):
+        raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an integer.")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} is negative.")
     if not prompts:

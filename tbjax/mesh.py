@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -26,7 +27,9 @@ def axis_sizes(spec: MeshSpec, device_count: int) -> dict[str, int]:
     """The size of each of the six axes that `spec` asks for on `device_count` devices."""
     if isinstance(spec, Mesh):
         return {axis: spec.shape.get(axis, 1) for axis in AXES}
-    sizes = dict.fromkeys(AXES, 1) | _requested(spec)
+    # numpy's integers are integers.
+    asked = {axis: int(size) if isinstance(size, np.integer) else size for axis, size in _requested(spec).items()}
+    sizes = dict.fromkeys(AXES, 1) | asked
     for axis, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
             raise ValueError(f"mesh axis {axis!r} has size {size!r}: sizes are positive integers, or -1 to fill.")
@@ -51,8 +54,11 @@ def make_mesh(spec: MeshSpec = None, devices: Sequence[Any] | None = None) -> Me
         unknown = [axis for axis in spec.axis_names if axis not in AXES]
         if unknown:
             raise ValueError(f"mesh axes {unknown} are unknown: tbjax knows {', '.join(AXES)}.")
-        # Placements here are the compiler's to propagate, whatever kind of axes the caller's mesh has.
-        return Mesh(spec.devices, spec.axis_names, axis_types=(AxisType.Auto,) * len(spec.axis_names))
+        # Axes that the caller's mesh lacks have size one, and placements are the compiler's to propagate, whatever kind
+        # of axes they are.
+        lacking = tuple(axis for axis in AXES if axis not in spec.axis_names)
+        grid = spec.devices.reshape((1,) * len(lacking) + spec.devices.shape)
+        return Mesh(grid, (*lacking, *spec.axis_names), axis_types=(AxisType.Auto,) * len(AXES))
     devices = jax.devices() if devices is None else list(devices)
     sizes = axis_sizes(spec, len(devices))
     shape = tuple(sizes.values())
@@ -62,8 +68,10 @@ def make_mesh(spec: MeshSpec = None, devices: Sequence[Any] | None = None) -> Me
 
 
 def _requested(spec: Mapping[str, int] | Sequence[int] | str | None) -> dict[str, int]:
-    if spec is None or spec == "auto":
+    if spec is None or (isinstance(spec, str) and spec == "auto"):
         return {"fsdp": -1}
+    if isinstance(spec, np.ndarray):
+        spec = spec.tolist()
     if isinstance(spec, Mapping):
         unknown = [axis for axis in spec if axis not in AXES]
         if unknown:

@@ -26,6 +26,7 @@ def run(script: str, *arguments: str | Path, count: int = 2, devices: int = 4) -
         address = f"localhost:{free.getsockname()[1]}"
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }

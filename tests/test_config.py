@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tbjax.config import LayerKind, ModelConfig, MoE
+from tbjax.config import LayerKind, ModelConfig, MoE, Rope
 
 FULL, WINDOW, SPARSE = LayerKind(), LayerKind(window=8), LayerKind(sparse=True)
 BASE = ModelConfig(
@@ -64,12 +64,33 @@ def test_every_layer_has_one_place_of_its_kind(kinds):
         ({"heads": 5}, "kv_heads"),
         ({"layer_kinds": ()}, "layer_kinds"),
         ({"layer_kinds": (SPARSE,)}, "moe"),
-        ({"moe": MoE(experts=2, experts_per_token=3, mlp=8)}, "experts_per_token"),
+        ({"norm": "layernorm"}, "norm='layernorm'.*'rms', 'layer'"),
+        ({"norm_placement": "sandwich"}, "norm_placement"),
+        ({"block": "par"}, "block"),
+        ({"activation": "relu"}, "activation"),
+        ({"qk_norm": "heads"}, "qk_norm"),
+        ({"layer_kinds": (FULL, LayerKind(window=0))}, r"layer_kinds\[1\].window"),
+        ({"head_dim": 3}, "head_dim=3"),
     ],
 )
 def test_an_impossible_architecture_names_the_field(changes, words):
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(BASE, **changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: MoE(experts=2, experts_per_token=3, mlp=8), "experts_per_token=3"),
+        (lambda: MoE(experts=2, experts_per_token=0, mlp=8), "experts_per_token"),
+        (lambda: Rope(kind="ntk"), "kind='ntk'"),
+        (lambda: Rope(kind="yarn"), "original_positions"),
+        (lambda: Rope(kind="longrope", original_positions=8, short_factors=(1.0,)), "1 and 0"),
+    ],
+)
+def test_an_impossible_part_names_the_field(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
 
 
 def test_vocabularies_are_padded_to_what_every_usual_degree_divides():

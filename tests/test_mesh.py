@@ -1,6 +1,7 @@
 """The mesh: every spelling gives the same six axes, and a size that cannot be says what would do."""
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
@@ -16,6 +17,8 @@ from tbjax.mesh import AXES, axis_sizes, make_mesh
         ({"ep": -1, "tp": 2}, {"ep": 4, "tp": 2}),
         ("auto", {"fsdp": 8}),
         (None, {"fsdp": 8}),
+        ({"tp": np.int64(8)}, {"tp": 8}),
+        (np.array([2, 2, 2]), {"dp": 2, "fsdp": 2, "tp": 2}),
     ],
 )
 def test_every_spelling_names_the_same_axes(spec, expected):
@@ -28,9 +31,10 @@ def test_every_spelling_names_the_same_axes(spec, expected):
 def test_a_mesh_of_the_users_own_keeps_its_devices_and_becomes_automatic():
     theirs = jax.make_mesh((4, 2), ("dp", "tp"), axis_types=(AxisType.Explicit,) * 2)
     ours = make_mesh(theirs)
-    assert (ours.devices == theirs.devices).all()
-    assert ours.axis_types == (AxisType.Auto,) * 2
+    assert (ours.devices.squeeze() == theirs.devices).all()
+    assert ours.axis_types == (AxisType.Auto,) * 6
     assert axis_sizes(ours, 8)["dp"] == 4
+    assert set(ours.axis_names) == set(AXES)
 
 
 @pytest.mark.parametrize(

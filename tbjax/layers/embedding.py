@@ -49,11 +49,16 @@ class TensorParallelEmbedding(nnx.Module):
             self.weight[...] = jnp.where(jnp.arange(rows)[:, None] < num_embeddings, value, jnp.zeros_like(value))
 
     def __call__(self, tokens: jax.Array, dtype: Any = None) -> jax.Array:
-        """The rows of `tokens`, in `dtype` (default: the table's)."""
+        """The rows of `tokens` [B, S], in `dtype` (default: the table's)."""
+        tokens = jnp.asarray(tokens)
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens must be integers [batch, sequence], not {tokens.dtype}{list(tokens.shape)}.")
         return self.sharding.residual(self.sharding.lookup(tokens, self.weight, dtype))
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """The score of every token: x against each row."""
+        """The score of every token: x [B, S, D] against each row."""
+        if x.ndim != 3:
+            raise ValueError(f"x must be [batch, sequence, features], not {list(x.shape)}.")
         scores = self.sharding.project(x, self.weight)
         scores = self.sharding.constrain(scores, "batch", "sequence", "vocab" if self.split == "vocab" else None)
         return scores[..., : self.num_embeddings]

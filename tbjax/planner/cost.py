@@ -84,7 +84,10 @@ def _step(priced: Prices, layout: Layout) -> tuple[dict[str, float]]:
     ends = priced.ends(rows, sequence, tp, cp)
     talk = priced.talk(rows, sequence, tp, cp, ep, parallel, layout.remat)
     # What can hide behind a layer's arithmetic shares that time: keys and values first, then weights, then activations.
-    room = stack.overlap * work.seconds
+    room, tensor = stack.overlap * work.seconds, talk.tensor
+    if parallel and priced.cluster.hardware.torus:
+        # The TPU's compiler cuts a product and the gather or scatter beside it into steps that run at once.
+        tensor, room = _exposed(tensor, room)
     context, room = _exposed(talk.context, room)
     fetched = fetched_ends = offloaded = 0.0
     if cuts:
@@ -93,8 +96,8 @@ def _step(priced: Prices, layout: Layout) -> tuple[dict[str, float]]:
         fetched_ends, _ = _exposed(gather.ends, stack.overlap * ends.seconds)
     if "activations" in layout.offload:
         offloaded, room = _exposed(priced.kept(rows, cp, tp, parallel, layout.remat), room)
-    accumulated = priced.accumulate(pp, fsdp, ep, tp, cuts)
-    stage = layers * (work.seconds + talk.tensor + talk.expert + context + fetched + offloaded)
+    accumulated = priced.accumulate(pp, fsdp, ep, tp, cuts) if m > 1 else 0.0
+    stage = layers * (work.seconds + tensor + talk.expert + context + fetched + offloaded)
     bubble = 0.0
     if pp > 1:
         share = bubble_share(layout.schedule, layout.chunks, work.forwards, work.inputs, work.weights)
@@ -107,8 +110,8 @@ def _step(priced: Prices, layout: Layout) -> tuple[dict[str, float]]:
         "matmul": m * (layers * work.matmul + ends.matmul),
         "attention": m * layers * work.attention,
         "memory": m * (layers * work.memory + ends.memory + accumulated),
-        "launch": m * layers * work.launch,
-        "tensor": m * (layers * talk.tensor + priced.ends_talk(rows, sequence, tp, cp)),
+        "launch": m * (layers * work.launch + ends.launch),
+        "tensor": m * (layers * tensor + priced.ends_talk(rows, sequence, tp, cp)),
         "context": m * layers * context,
         "expert": m * layers * talk.expert,
         "fsdp": m * (layers * fetched + fetched_ends),
@@ -162,7 +165,7 @@ def _pass(priced: Prices, layout: Layout, sequence: int, cached: float) -> dict[
         "matmul": m * (layers * work.matmul + ends.matmul),
         "attention": m * layers * work.attention,
         "memory": m * layers * work.memory,
-        "launch": m * layers * work.launch,
+        "launch": m * (layers * work.launch + ends.launch),
         "tensor": m * (layers * talk.tensor + priced.ends_talk(rows, sequence, tp, cp)),
         "context": m * layers * context,
         "expert": m * layers * talk.expert,

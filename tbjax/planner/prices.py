@@ -13,8 +13,8 @@ from tbjax.config import ModelConfig
 from tbjax.planner.hardware import Cluster
 from tbjax.planner.network import Fabric, Group, group
 from tbjax.planner.parameters import Shard, shards
-from tbjax.planner.stack import Stack
-from tbjax.planner.work import Cut, Matmul, Work, forward, head, layer
+from tbjax.planner.stack import Stack, sustained
+from tbjax.planner.work import ENDS_KERNELS, Cut, Matmul, Work, forward, head, layer
 from tbjax.planner.workload import Layout, Optimizer, Remat, Workload
 
 # Bytes that an update reads and writes for each parameter, with float32 state: the gradient twice (its norm, then the
@@ -27,9 +27,6 @@ _STATE_BYTES: Mapping[Optimizer, float] = {"adamw": 8, "lion": 4, "muon": 4, "sg
 # Muon: each of five Newton-Schulz iterations squares the m x n matrix (m <= n) into m x m (2 m m n FLOPs), squares that
 # (2 m m m) and multiplies it back (2 m m n). For m = n that is 6 m FLOPs for each parameter.
 _NEWTON_SCHULZ_FLOPS = 5 * 6
-
-# Summing a microbatch's gradient: two bytes read, a float32 sum read and written.
-_ACCUMULATE_BYTES = 10
 
 
 class Passes(NamedTuple):
@@ -90,7 +87,7 @@ def prices(config: ModelConfig, workload: Workload, cluster: Cluster, stack: Sta
     return _prices(Same(config), Same(workload), Same(cluster), Same(stack))
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=256)
 def _prices(config: Same, workload: Same, cluster: Same, stack: Same) -> "Prices":
     return Prices(config.value, workload.value, cluster.value, stack.value)  # type: ignore[arg-type]
 
@@ -105,7 +102,7 @@ class Prices:
 
     def __init__(self, config: ModelConfig, workload: Workload, cluster: Cluster, stack: Stack) -> None:
         self.config, self.workload, self.cluster, self.stack = config, workload, cluster, stack
-        self.flops = peak(cluster, workload) * stack.matmul_fraction
+        self.flops = peak(cluster, workload) * stack.matmul_fraction * sustained(cluster.hardware)
         self.bandwidth = cluster.hardware.memory_bandwidth * stack.memory_fraction
         self.size = workload.compute_bytes
         self.fabric = Fabric(link=stack.link_fraction, network=stack.network_fraction, start=stack.collective_start)
@@ -195,8 +192,11 @@ class Prices:
             matmul = sum(self.product(each, self.size) for each in (product, *product.gradients()))
             # Rows of the table are looked up and written, and backwards read and added to.
             moved = product.rows * product.columns * self.stack.logit_bytes + 4 * self.stream(rows, sequence, cp)
-            return Passes(matmul, memory=moved / self.bandwidth)
-        return Passes(self.product(head(self.config, rows, tp), self.workload.parameter_bytes))
+            # Here the host waits for the loss of every microbatch, so its own time is not hidden by the device's.
+            launch = ENDS_KERNELS * (self.stack.kernel_gap + self.stack.host_per_kernel)
+            return Passes(matmul, memory=moved / self.bandwidth, launch=launch)
+        product = self.product(head(self.config, rows, tp), self.workload.parameter_bytes)
+        return Passes(product, launch=ENDS_KERNELS / 3 * self.stack.kernel_gap)
 
     # Collectives.
 
@@ -292,7 +292,7 @@ class Prices:
 
     def _accumulate(self, pp: int, fsdp: int, ep: int, tp: int, cut: bool) -> float:
         """Seconds in which one microbatch's gradients are added to the others'."""
-        return self._elements(pp, fsdp, ep, tp, cut) * _ACCUMULATE_BYTES / self.bandwidth
+        return self._elements(pp, fsdp, ep, tp, cut) * self.stack.accumulate_bytes / self.bandwidth
 
     def _update(self, pp: int, fsdp: int, ep: int, tp: int, cut: bool) -> tuple[float, float]:
         """Seconds of the optimizer on a device's share of the state, and of that share's way to the host and back."""

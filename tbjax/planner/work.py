@@ -97,6 +97,9 @@ _OTHER_KERNELS = 7
 _ROUTING_KERNELS = 6  # top-k, sort, gather, weigh, unsort, sum
 _MATERIALISED_KERNELS = 2  # softmax, dropout
 
+# Kernels of the model's ends in training: the lookup, the head, eight steps of the loss; twice as many backwards.
+ENDS_KERNELS = 3 * 10
+
 # Bytes that the scores cost besides their products, per score, with two-byte scores and one-byte dropout masks.
 # Forwards softmax reads and writes them (4) and dropout reads, writes and keeps a mask (5); backwards dropout reads,
 # writes and reads the mask (5), softmax reads its result and the gradient and writes (6).

@@ -1,0 +1,77 @@
+"""The planner's step times beside measured ones.
+
+    python -m benchmarks.planner                     the files in tests/data
+    python -m benchmarks.planner --rows FILE.csv     rows with the columns of tests/data/vtrain_*.csv
+    python -m benchmarks.planner --runs FILE.csv     rows with the columns of tests/data/measured_runs.csv
+
+Every row is printed with its prediction and error, and after each file the mean absolute error. The constants behind
+the predictions are those in `tbjax/planner/stack.py`; `benchmarks/calibrate.py` says where they come from.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measured import ROWS, RUNS, Case, Row, Unknown, mean_absolute, read, row_case, run_case
+from tbjax.planner.cost import mfu
+
+
+def show(console: Console, path: Path, make: Callable[[Row], Case], *, brief: bool) -> list[Case]:
+    """Prints a file's rows, or with `brief` only its errors, and returns the cases that could be predicted."""
+    table = Table(title=path.name, title_justify="left")
+    table.add_column("run")
+    for heading in ("measured s", "predicted s", "error", "MFU", "most of it"):
+        table.add_column(heading, justify="right")
+    cases = []
+    for row in read(path):
+        try:
+            case = make(row)
+        except Unknown as reason:
+            table.add_row(f"{row['source']}: {row['model']}", "", "", "", "", str(reason))
+            continue
+        cases.append(case)
+        time = case.predicted()
+        longest = sorted(time.parts, key=lambda part: -time.parts[part])[:3]
+        table.add_row(
+            case.name,
+            f"{case.measured:.3f}",
+            f"{time.total:.3f}",
+            f"{case.error():+.1%}",
+            f"{mfu(time, case.config, case.workload, case.cluster):.1%}",
+            ", ".join(f"{part} {time.parts[part] / time.total:.0%}" for part in longest),
+        )
+    if not brief:
+        console.print(table)
+    if cases:
+        worst = max(cases, key=lambda case: abs(case.error()))
+        console.print(
+            f"{path.name}: {len(cases)} rows, mean absolute error {mean_absolute(cases):.1%}, "
+            f"worst {worst.error():+.1%} ({worst.name})\n",
+            highlight=False,
+        )
+    return cases
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rows", type=Path, nargs="+", default=[], help="files with the columns of vtrain_*.csv")
+    parser.add_argument("--runs", type=Path, nargs="+", default=[], help="files with the columns of measured_runs.csv")
+    parser.add_argument("--brief", action="store_true", help="only the errors of each file")
+    given = parser.parse_args(arguments)
+    if not (given.rows or given.runs):
+        given.rows, given.runs = list(ROWS), list(RUNS)
+    console = Console(width=160)
+    cases: list[Case] = []
+    for path in given.rows:
+        cases += show(console, path, row_case, brief=given.brief)
+    for path in given.runs:
+        cases += show(console, path, run_case, brief=given.brief)
+    if len(given.rows) + len(given.runs) > 1:
+        console.print(f"All {len(cases)} rows: mean absolute error {mean_absolute(cases):.1%}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -118,13 +118,11 @@ def _literal(value: int | float | str) -> str:
 
 
 def requirements() -> list[str]:
-    """What the extra `verify` asks for, package by package, in the releases that fit the JAX that is installed."""
+    """What the extra `verify` asks for and the environment lacks, in the releases that fit the JAX that it has."""
     found: dict[str, Requirement] = {}
     for requirement in _of_extra("tbjax", "verify"):
-        for extra in requirement.extras:
-            found |= {r.name: r for r in _of_extra(requirement.name, extra) if r.name != "jaxlib"}
-        if not requirement.extras:
-            found[requirement.name] = requirement
+        parts = [part for extra in requirement.extras for part in _of_extra(requirement.name, extra)]
+        found |= {part.name: part for part in parts or [requirement] if not _is_there(part.name)}
     if plugin := found.get("jax-cuda12-plugin"):  # with --no-deps it does not bring its other half
         found["jax-cuda12-pjrt"] = Requirement(f"jax-cuda12-pjrt{plugin.specifier}")
     return [f"{name}{requirement.specifier}" for name, requirement in found.items()]
@@ -135,6 +133,14 @@ def _of_extra(package: str, extra: str) -> list[Requirement]:
     return [
         r for r in listed if r.marker and r.marker.evaluate({"extra": extra}) and not r.marker.evaluate({"extra": ""})
     ]
+
+
+def _is_there(package: str) -> bool:
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def install(arguments: Sequence[str] = ()) -> None:

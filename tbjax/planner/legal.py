@@ -33,7 +33,7 @@ SETTINGS = ("strategy", "sequence_parallel", "microbatches", "remat", "schedule"
 _STRATEGIES = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy.OPTIMIZER)
 _OFFLOADS: tuple[tuple[Offloaded, ...], ...] = ((), ("optimizer",), ("activations",), ("optimizer", "activations"))
 _REMATS: tuple[Remat, ...] = ("none", "dots", "full")
-_SCHEDULES: tuple[Schedule, ...] = ("1f1b", "gpipe", "zb-h1", "zb-h2", "zb-v")
+_NO_PIPELINE: tuple[tuple[Schedule, int], ...] = (("1f1b", 1),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,6 +184,16 @@ class Space:
             return Refusal("batch", f"a batch of {rows} sequences does not divide over {name}={degree}")
         return None
 
+    # Looked up tens of thousands of times.
+
+    @functools.cached_property
+    def _served(self) -> bool:
+        return not self.workload.training
+
+    @functools.cached_property
+    def _layers(self) -> int:
+        return self.config.layers
+
     @functools.cached_property
     def _settled(self) -> Mapping[str, int]:
         """The axes over which there is nothing to choose. A model without experts does not ask for ep."""
@@ -236,41 +246,34 @@ class Space:
 
     def microbatches(self, mesh: Layout) -> tuple[int, ...]:
         """Into how many parts a device's batch may be cut. Serving without a pipeline gains nothing from parts."""
-        rows = self.workload.global_batch // mesh.batch_ways
+        counts = divisors(self.workload.global_batch // (mesh.dp * mesh.fsdp * mesh.ep))
         if "microbatches" in self.fixed:
-            counts = (self.fixed["microbatches"],)
-        else:
-            counts = divisors(rows) if self.workload.training or mesh.pp > 1 else (1,)
-        return tuple(count for count in counts if rows % count == 0 and self.schedules(mesh, count))
+            counts = tuple(count for count in counts if count == self.fixed["microbatches"])
+        elif not self.workload.training and mesh.pp == 1:
+            counts = (1,)
+        if "schedule" in self.fixed or "chunks" in self.fixed:
+            counts = tuple(count for count in counts if self.schedules(mesh, count))
+        return counts
 
-    def remats(self) -> Sequence[Remat]:
+    def remats(self) -> tuple[Remat, ...]:
         if "remat" in self.fixed:
             return (self.fixed["remat"],)
         return _REMATS if self.workload.training else _REMATS[:1]
 
-    def offloads(self) -> Sequence[tuple[Offloaded, ...]]:
+    def offloads(self) -> tuple[tuple[Offloaded, ...], ...]:
         if "offload" in self.fixed:
             return (tuple(self.fixed["offload"]),)
         return _OFFLOADS if self.workload.training else _OFFLOADS[:1]
 
-    def schedules(self, mesh: Layout, microbatches: int) -> Sequence[tuple[Schedule, int]]:
+    def schedules(self, mesh: Layout, microbatches: int) -> tuple[tuple[Schedule, int], ...]:
         """Schedules with their chunks per stage, 1F1B first: the one whose activations are least.
 
-        Interleaving needs microbatches in whole rounds of the stages, and equal chunks.
+        All others need microbatches enough to fill the pipeline, or they gain nothing. GPipe never gains: it is 1F1B
+        with more memory, and considered where it is asked for.
         """
-        if mesh.pp == 1 or not self.workload.training:
-            found: list[tuple[Schedule, int]] = [("1f1b", 1)]
-        else:
-            layers = self.config.layers
-            found = [(name, 1) for name in _SCHEDULES if name != "zb-v" or layers % (2 * mesh.pp) == 0]
-            if layers % mesh.pp == 0 and microbatches % mesh.pp == 0:
-                found += [("interleaved", chunks) for chunks in divisors(layers // mesh.pp)[1:]]
-        wanted = {name: self.fixed[name] for name in ("schedule", "chunks") if name in self.fixed and mesh.pp > 1}
-        return [
-            (schedule, chunks)
-            for schedule, chunks in found
-            if wanted.get("schedule", schedule) == schedule and wanted.get("chunks", chunks) == chunks
-        ]
+        if mesh.pp == 1 or self._served:
+            return _NO_PIPELINE
+        return _schedules(self._layers, mesh.pp, microbatches, self.fixed.get("schedule"), self.fixed.get("chunks"))
 
     # What the user fixed.
 
@@ -337,6 +340,30 @@ _SPOKEN = {
     "experts": "{size} experts",
     "embed": "an embedding {size} wide",
 }
+
+
+@functools.lru_cache(maxsize=4096)
+def _schedules(
+    layers: int, stages: int, microbatches: int, schedule: Schedule | None, chunks: int | None
+) -> tuple[tuple[Schedule, int], ...]:
+    """What `Space.schedules` gives, where `schedule` and `chunks` are what the user fixed."""
+    enough: Mapping[Schedule, int] = {
+        "1f1b": 1,
+        "gpipe": 1,
+        "zb-h1": stages,
+        "zb-h2": 2 * stages - 1,
+        "zb-v": 2 * stages - 1,
+    }
+    found: list[tuple[Schedule, int]] = [
+        (name, 1)
+        for name, needed in enough.items()
+        if microbatches >= needed
+        and (name != "gpipe" or schedule == "gpipe")
+        and (name != "zb-v" or layers % (2 * stages) == 0)  # two chunks on each stage
+    ]
+    if layers % stages == 0 and microbatches % stages == 0:  # equal chunks, and microbatches in whole rounds
+        found += [("interleaved", count) for count in divisors(layers // stages)[1:]]
+    return tuple((s, c) for s, c in found if schedule in (None, s) and chunks in (None, c))
 
 
 def _first_axis(dim: str | None) -> str | None:

@@ -1,8 +1,8 @@
 """The search: the best layouts of a `Space`, without pricing them all.
 
-A layout is decided in four steps: the mesh and what is shared out on it, the recomputation, the number of microbatches,
-and last the schedule and what is offloaded. After each step the best that can still come of it is bounded from below,
-and the beginning with the lowest bound is continued first. When a whole layout has the lowest value of all, nothing
+A layout is decided step by step: the mesh and what is shared out on it, the recomputation, the number of microbatches,
+the schedule, what is offloaded. After each step the best that can still come of it is bounded from below, and the
+beginning with the lowest bound is continued first. When a whole layout that fits has the lowest value of all, nothing
 that is left can beat it. So the answer is that of pricing everything, as the tests show by pricing everything.
 
 The bounds rest on what is true of any sensible price:
@@ -11,29 +11,28 @@ The bounds rest on what is true of any sensible price:
   bubble smaller. So the time without the first two, at the fewest microbatches and less the bubble, is a bound.
 - Memory. Recomputing and offloading save memory, 1F1B holds the fewest activations, and over the number of microbatches
   memory has no minimum between the ends: activations shrink as it grows, while a second microbatch brings buffers to
-  sum gradients in. So the lesser of both ends with everything saved is a bound, and a mesh whose bound is above the
-  device is dropped before its time is asked for.
+  sum gradients in. So the lesser of both ends with everything saved is a bound, and what exceeds the device even then
+  is continued no further.
 """
 
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+from tbjax.mesh import AXES
 from tbjax.planner.cost import Time, step_time
 from tbjax.planner.legal import Rejection, Space
 from tbjax.planner.memory import Memory, memory
 from tbjax.planner.words import gib, spelled_sizes, time_title
-from tbjax.planner.workload import Layout, Workload
+from tbjax.planner.workload import Layout, Offloaded, Remat
 
 Objective: TypeAlias = Literal["throughput", "latency", "memory"]
+Sizes: TypeAlias = tuple[int, ...]  # of a mesh, in the order of AXES
 
 # Runners-up that are worth showing.
-KEPT = 8
-
-# Value and tie-breaker; the lower the better.
-Score: TypeAlias = tuple[float, float]
+KEPT = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,161 +50,174 @@ class Found:
 
     best: tuple[Candidate, ...]  # the best of each mesh that fits, best first; where nothing fits, the closest
     fits: bool
-    rejected: tuple[Rejection, ...]
-    legal: int  # meshes
+    rejected: tuple[Rejection, ...]  # the meshes that are not among the best, by reason
 
 
-def search(space: Space, objective: Objective = "throughput", keep: int = KEPT) -> Found:
+def search(space: Space, objective: Objective = "throughput", keep: int = 1 + KEPT) -> Found:
     """The best layouts of `space`, each on a mesh of its own unless the mesh is fixed.
 
-    Raises where no mesh is legal at all, with the reasons.
+    "throughput" and "latency" rank by time, which for a given batch is both, "memory" by the bytes of a device. Raises
+    where no mesh is legal at all, with the reasons.
     """
-    if objective not in get_args(Objective):
-        raise ValueError(f"objective={objective!r} is unknown: tbjax ranks by {', '.join(get_args(Objective))}.")
+    check_objective(objective)
     meshes, refused = space.meshes()
-    if not any(True for mesh in meshes for _ in space.layouts(mesh)):
+    if not any(space.microbatches(mesh) for mesh in meshes):
         raise ValueError(_nothing_legal(space, refused))
     descent = _Descent(space, objective, distinct=len(meshes) > 1)
     best = descent.run(meshes, keep)
-    if best:
-        return Found(best=best, fits=True, rejected=(*refused, *descent.rejections(meshes, best)), legal=len(meshes))
-    closest = _Descent(space, "memory", distinct=len(meshes) > 1, bounded=False).run(meshes, keep)
-    return Found(best=closest, fits=False, rejected=(*refused, *descent.rejections(meshes, closest)), legal=len(meshes))
+    fits = bool(best)
+    if not fits:
+        best = _Descent(space, "memory", distinct=len(meshes) > 1, bounded=False).run(meshes, keep)
+    return Found(best=best, fits=fits, rejected=(*refused, *descent.rejections(meshes, best)))
 
 
-def score(candidate: Candidate, workload: Workload, objective: Objective) -> Score:
-    """What a candidate is ranked by."""
-    time = duration(candidate.time, workload, objective)
-    total = candidate.memory.total
-    return (total, time) if objective == "memory" else (time, total)
+def anything_fits(space: Space) -> bool:
+    """Whether some legal layout fits."""
+    meshes, _ = space.meshes()
+    return bool(_Descent(space, "memory", distinct=True).run(meshes, keep=1))
 
 
-def duration(time: Time, workload: Workload, objective: Objective) -> float:
-    """The time that counts: of a step in training; in inference, of all requests or until one is answered."""
-    return time.total
+def check_objective(objective: str) -> None:
+    if objective not in get_args(Objective):
+        known = ", ".join(map(repr, get_args(Objective)))
+        raise ValueError(f"objective={objective!r} is unknown: tbjax ranks by {known}.")
 
 
-def overflow(space: Space, held: Memory) -> int:
-    """Bytes that are missing on the device and on the host; zero where the layout fits."""
+def missing(space: Space, held: Memory) -> int:
+    """Bytes that the device and the host lack, each device's share; zero where the layout fits."""
     hardware = space.cluster.hardware
     return max(held.total - hardware.usable, 0) + max(held.host - hardware.host_memory_per_device, 0)
 
 
 class _Node(NamedTuple):
-    """A beginning of a layout, in the order in which they are continued."""
+    """A beginning of a layout: what is settled of it, and what of the rest is open. They are continued in this order."""
 
-    bound: Score
+    bound: float
     order: int
     layout: Layout
-    follow: Callable[[Layout], Iterator["_Node"]] | None  # its continuations; None: it is whole
-    candidate: Candidate | None
+    remats: tuple[Remat, ...]  # ascending in what they recompute
+    microbatches: tuple[int, ...]  # ascending
+    time: Time | None = None  # of a whole layout: nothing is open
 
 
 class _Descent:
-    """One run of the search. `bounded` says whether a layout must fit; `distinct` whether a mesh is shown once."""
+    """One run of the search. `distinct` says whether a mesh is shown once, `bounded` whether a layout must fit."""
 
     def __init__(self, space: Space, objective: Objective, *, distinct: bool, bounded: bool = True) -> None:
         self.space = space
-        self.objective = objective
         self.distinct = distinct
         self.bounded = bounded
+        self.saving = objective == "memory"
         self.order = itertools.count()
-        self.short: dict[Layout, tuple[int, Layout]] = {}  # mesh -> the least overflow seen, and of which layout
+        self.short: dict[Sizes, tuple[int, Layout]] = {}  # mesh -> the least that it lacked, and with which layout
         self.left: list[_Node] = []
 
     def run(self, meshes: Iterable[Layout], keep: int) -> tuple[Candidate, ...]:
+        """The `keep` best, best first."""
         heap = [node for mesh in meshes for node in self._share_out(mesh)]
         heapq.heapify(heap)
-        best: dict[Layout, Candidate] = {}
+        best: dict[Layout | Sizes, Candidate] = {}
         while heap and len(best) < keep:
             node = heapq.heappop(heap)
-            key = _mesh_of(node.layout) if self.distinct else node.layout
+            key = _sizes(node.layout) if self.distinct else node.layout
             if key in best:
                 continue
-            if node.candidate:
-                best[key] = node.candidate
-            elif node.follow:
-                for child in node.follow(node.layout):
-                    heapq.heappush(heap, child)
+            if node.time:
+                held = self._memory(node.layout)
+                if self._fits(node.layout, missing(self.space, held)):
+                    best[key] = Candidate(layout=node.layout, memory=held, time=node.time)
+                    continue
+            for child in self._continue(node):
+                heapq.heappush(heap, child)
         self.left = heap
-        return tuple(best.values())
+        tie_breaker = {True: lambda c: (c.memory.total, c.time.total), False: lambda c: (c.time.total, c.memory.total)}
+        return tuple(sorted(best.values(), key=tie_breaker[self.saving]))
 
-    # The four steps.
+    # The steps.
 
     def _share_out(self, mesh: Layout) -> Iterator[_Node]:
         space = self.space
-        for strategy, parallel in itertools.product(space.strategies(mesh), space.sequence_parallel(mesh)):
-            begun = dataclasses.replace(
-                mesh, strategy=strategy, sequence_parallel=parallel, remat=space.remats()[-1], offload=()
-            )
-            if self._may_fit(begun, space.microbatches(mesh)):
-                quickest = dataclasses.replace(begun, remat=space.remats()[0])
-                yield self._begin(quickest, space.microbatches(mesh), self._recompute)
+        counts = space.microbatches(mesh)
+        if counts:
+            for strategy, parallel in itertools.product(space.strategies(mesh), space.sequence_parallel(mesh)):
+                layout = _varied(mesh, strategy=strategy, sequence_parallel=parallel)
+                yield self._begun(layout, space.remats(), counts)
 
-    def _recompute(self, begun: Layout) -> Iterator[_Node]:
-        microbatches = self.space.microbatches(begun)
-        for remat in self.space.remats():
-            layout = dataclasses.replace(begun, remat=remat)
-            if self._may_fit(layout, microbatches):
-                yield self._begin(layout, microbatches, self._split_batch)
+    def _continue(self, node: _Node) -> Iterator[_Node]:
+        layout, remats, counts = node.layout, node.remats, node.microbatches
+        if node.time:
+            yield from self._offload(layout)
+        elif len(remats) > 1:
+            if self._may_fit(node):
+                for remat in remats:
+                    yield self._begun(layout, (remat,), counts)
+        elif len(counts) > 1:
+            # Those that leave the pipeline unfilled, whose bubble is large, apart from the others.
+            few = sum(count < layout.pp for count in counts)
+            cut = few if 0 < few < len(counts) else 1
+            yield self._begun(layout, remats, counts[:cut])
+            yield self._begun(layout, remats, counts[cut:])
+        elif self._may_fit(node):
+            yield from self._schedule(_varied(layout, remat=remats[0], microbatches=counts[0]))
 
-    def _split_batch(self, begun: Layout) -> Iterator[_Node]:
-        for microbatches in self.space.microbatches(begun):
-            layout = dataclasses.replace(begun, microbatches=microbatches)
-            if self._may_fit(layout, (microbatches,)):
-                yield self._begin(layout, (microbatches,), self._finish)
+    def _schedule(self, begun: Layout) -> Iterator[_Node]:
+        offloads = self.space.offloads() if self.saving else self.space.offloads()[:1]
+        for schedule, chunks in self.space.schedules(begun, begun.microbatches):
+            for offload in offloads:
+                yield self._whole(_varied(begun, schedule=schedule, chunks=chunks, offload=offload))
 
-    def _finish(self, begun: Layout) -> Iterator[_Node]:
-        space = self.space
-        for (schedule, chunks), offload in itertools.product(
-            space.schedules(begun, begun.microbatches), space.offloads()
-        ):
-            layout = dataclasses.replace(begun, schedule=schedule, chunks=chunks, offload=offload)
-            held = self._memory(layout)
-            excess = overflow(space, held)
-            if not self.bounded or excess == 0 or self._note_overflow(layout, excess):
-                candidate = Candidate(layout=layout, memory=held, time=self._time(layout))
-                bound = score(candidate, space.workload, self.objective)
-                yield _Node(bound, next(self.order), layout, None, candidate)
+    def _offload(self, whole: Layout) -> Iterator[_Node]:
+        """What may fit in place of a layout that does not. Nobody offloads what has room."""
+        if not self.saving and whole.offload == self.space.offloads()[0]:
+            for offload in self.space.offloads()[1:]:
+                yield self._whole(_varied(whole, offload=offload))
+
+    def _begun(self, layout: Layout, remats: tuple[Remat, ...], counts: tuple[int, ...]) -> _Node:
+        least = self._least_memory if self.saving else self._least_time
+        return _Node(least(layout, remats, counts), next(self.order), layout, remats, counts)
+
+    def _whole(self, layout: Layout) -> _Node:
+        time = self._time(layout)
+        return _Node(self._memory(layout).total if self.saving else time.total, next(self.order), layout, (), (), time)
 
     # Bounds.
 
-    def _begin(
-        self, layout: Layout, microbatches: tuple[int, ...], follow: Callable[[Layout], Iterator[_Node]]
-    ) -> _Node:
-        if self.objective == "memory":
-            bound = self._least_memory(layout, microbatches)
-        else:
-            bound = self._least_time(dataclasses.replace(layout, microbatches=microbatches[0]))
-        return _Node((bound, 0.0), next(self.order), layout, follow, None)
+    def _least_time(self, layout: Layout, remats: tuple[Remat, ...], counts: tuple[int, ...]) -> float:
+        quickest = self._time(self._plainest(layout, remats[0], counts[0]))
+        rest = quickest.total - quickest.parts["bubble"]
+        # Where only one schedule can follow, so can its bubble be known.
+        if layout.pp > 1 and len(self.space.schedules(layout, counts[-1])) == 1:
+            most = quickest if len(counts) == 1 else self._time(self._plainest(layout, remats[0], counts[-1]))
+            return rest + most.parts["bubble"]
+        return rest
 
-    def _least_time(self, layout: Layout) -> float:
-        time = self._time(layout)
-        return duration(time, self.space.workload, self.objective) - time.parts.get("bubble", 0.0)
+    def _least_memory(self, layout: Layout, remats: tuple[Remat, ...], counts: tuple[int, ...]) -> int:
+        everything = self.space.offloads()[-1]
+        return min(
+            self._memory(self._plainest(layout, remats[-1], count, everything)).total
+            for count in {counts[0], counts[-1]}
+        )
 
-    def _least_memory(self, layout: Layout, microbatches: tuple[int, ...]) -> int:
-        return min(self._memory(frugal).total for frugal in self._frugal(layout, microbatches))
+    def _plainest(self, layout: Layout, remat: Remat, count: int, offload: tuple[Offloaded, ...] = ()) -> Layout:
+        schedule, chunks = self.space.schedules(layout, count)[0]
+        settings = {"remat": remat, "microbatches": count, "schedule": schedule, "chunks": chunks, "offload": offload}
+        return _varied(layout, **settings)
 
-    def _may_fit(self, layout: Layout, microbatches: tuple[int, ...]) -> bool:
-        """Whether the device may hold it. The host's memory is asked about whole layouts only: saving fills it."""
+    def _may_fit(self, node: _Node) -> bool:
+        """Whether the device may hold it. The host is asked about whole layouts only: saving fills its memory."""
         if not self.bounded:
             return True
-        excess = self._least_memory(layout, microbatches) - self.space.cluster.hardware.usable
-        return excess <= 0 or self._note_overflow(layout, excess)
+        least = self._least_memory(node.layout, node.remats, node.microbatches)
+        return self._fits(node.layout, least - self.space.cluster.hardware.usable)
 
-    def _frugal(self, layout: Layout, microbatches: tuple[int, ...]) -> list[Layout]:
-        """The layouts between which the least memory lies."""
-        return [
-            dataclasses.replace(
-                layout,
-                microbatches=count,
-                schedule=schedules[0][0],
-                chunks=schedules[0][1],
-                offload=self.space.offloads()[-1],
-            )
-            for count in sorted({microbatches[0], microbatches[-1]})
-            if (schedules := self.space.schedules(layout, count))
-        ]
+    def _fits(self, layout: Layout, lacking: int) -> bool:
+        """Whether nothing is lacking. Remembers the least that each mesh lacked."""
+        if lacking <= 0 or not self.bounded:
+            return True
+        sizes = _sizes(layout)
+        if sizes not in self.short or lacking < self.short[sizes][0]:
+            self.short[sizes] = lacking, layout
+        return False
 
     # Prices.
 
@@ -215,30 +227,23 @@ class _Descent:
     def _time(self, layout: Layout) -> Time:
         return step_time(self.space.config, self.space.workload, layout, self.space.cluster)
 
-    def _note_overflow(self, layout: Layout, excess: int) -> bool:
-        """Remembers the least that a mesh lacked; False, since it does lack something."""
-        mesh = _mesh_of(layout)
-        if mesh not in self.short or excess < self.short[mesh][0]:
-            self.short[mesh] = (excess, layout)
-        return False
-
     # Why the others were not chosen.
 
     def rejections(self, meshes: Iterable[Layout], best: tuple[Candidate, ...]) -> list[Rejection]:
-        """The legal meshes that are not among the best, by reason."""
-        chosen = {_mesh_of(candidate.layout) for candidate in best}
-        beaten: dict[Layout, Layout] = {}  # mesh -> its most promising beginning
+        """The legal meshes that are not among `best`, by reason, each with the mesh to which it applies least."""
+        chosen = {_sizes(candidate.layout) for candidate in best}
+        beaten: dict[Sizes, _Node] = {}  # mesh -> its most promising beginning
         for node in sorted(self.left):
-            beaten.setdefault(_mesh_of(node.layout), node.layout)
+            beaten.setdefault(_sizes(node.layout), node)
         reasons: dict[str, list[tuple[float, str, Layout]]] = {}
         for mesh in meshes:
-            if mesh in chosen:
+            sizes = _sizes(mesh)
+            if sizes in chosen:
                 continue
-            if mesh in beaten:
-                rule, distance, words = self._beaten(beaten[mesh], best[0])
+            if sizes in beaten and (beaten[sizes].time or self._may_fit(beaten[sizes])):
+                rule, distance, words = self._beaten(beaten[sizes], best[0])
             else:
-                excess, layout = self.short[mesh]
-                rule, distance, words = "memory", float(excess), self._too_large(excess, layout)
+                rule, distance, words = "fit", float(self.short[sizes][0]), self._too_large(*self.short[sizes])
             reasons.setdefault(rule, []).append((distance, words, mesh))
         found = []
         for cases in reasons.values():
@@ -246,35 +251,43 @@ class _Descent:
             found.append(Rejection(reason=words, count=len(cases), example=mesh.mesh))
         return sorted(found, key=lambda rejection: -rejection.count)
 
-    def _too_large(self, excess: int, layout: Layout) -> str:
+    def _too_large(self, lacking: int, layout: Layout) -> str:
         hardware = self.space.cluster.hardware
-        device = self._least_memory(layout, (layout.microbatches,)) > hardware.usable
-        saved = " even with everything recomputed and offloaded" if self.space.workload.training else ""
-        place = f"the {gib(hardware.usable)} that a {hardware.title} leaves to a program"
-        if not device:
-            return f"needs {gib(excess)} more of the host than the {gib(hardware.host_memory_per_device)} of a device"
-        return f"needs {gib(excess)} more than {place},{saved}" if saved else f"needs {gib(excess)} more than {place}"
+        if self._memory(layout).total <= hardware.usable:
+            room = f"{gib(hardware.host_memory_per_device)} of the host's memory that a device may take"
+            return f"needs {gib(lacking)} more than the {room}"
+        device = f"{gib(hardware.memory)} device, {gib(hardware.usable)} of it usable, can hold"
+        saved = ", however much is recomputed and offloaded" if len(self.space.remats()) > 1 else ""
+        return f"needs {gib(lacking)} more than the {device}{saved}"
 
-    def _beaten(self, layout: Layout, best: Candidate) -> tuple[str, float, str]:
-        """The rule, the distance and the words for a mesh that is legal, may fit and is worse."""
-        if self.objective == "memory":
-            more = self._least_memory(layout, self.space.microbatches(layout)) - best.memory.total
-            return "memory", more, f"holds at least {gib(max(more, 0))} more"
-        time = self._time(layout)
-        ratio = self._least_time(layout) / duration(best.time, self.space.workload, self.objective)
-        slower = f"at least {ratio:.2f} times the best's time" if ratio > 1.005 else "no faster than the best"
-        kv_heads = self.space.config.kv_heads
-        if kv_heads % layout.tp and layout.tp > best.layout.tp:
-            return "kv", ratio, f"{kv_heads} KV heads < tp {layout.tp}: KV replicated, {slower}"
+    def _beaten(self, node: _Node, best: Candidate) -> tuple[str, float, str]:
+        """The rule, the distance and the words for a mesh that may fit and is worse."""
+        if self.saving:
+            more = max(node.bound - best.memory.total, 0)
+            return "memory", more, f"holds at least {gib(more)} more than the best"
+        time = node.time or self._time(self._plainest(node.layout, node.remats[0], node.microbatches[0]))
+        ratio = node.bound / best.time.total
+        slower = f"takes at least {ratio:.2f} times as long as the best" if ratio > 1.005 else "no faster than the best"
+        kv_heads, tp = self.space.config.kv_heads, node.layout.tp
+        if kv_heads < tp > best.layout.tp:
+            return "kv", ratio, f"{kv_heads} KV heads < tp {tp}: KV replicated; {slower}"
         part = max(time.parts, key=lambda name: time.parts[name] - best.time.parts.get(name, 0.0))
-        return part, ratio, f"{slower}: more {time_title(part)}"
+        return part, ratio, f"{slower}; costs most in: {time_title(part)}"
 
 
-def _mesh_of(layout: Layout) -> Layout:
-    return Layout(pp=layout.pp, dp=layout.dp, fsdp=layout.fsdp, ep=layout.ep, cp=layout.cp, tp=layout.tp)
+def _varied(layout: Layout, **changes: Any) -> Layout:
+    """A copy with changes, without the checks of `Layout`: they are for what users write, and a search makes tens of
+    thousands of layouts."""
+    copy = object.__new__(Layout)
+    copy.__dict__.update(layout.__dict__, **changes)
+    return copy
+
+
+def _sizes(layout: Layout) -> Sizes:
+    return tuple(layout.__dict__[axis] for axis in AXES)
 
 
 def _nothing_legal(space: Space, refused: list[Rejection]) -> str:
-    """Why no mesh is legal, and what would do."""
+    """Why no mesh is legal, and where it fails."""
     reasons = "; ".join(f"{rejection.reason} ({spelled_sizes(rejection.example)})" for rejection in refused[:4])
-    return f"no mesh of {space.cluster} can hold this: {reasons}."
+    return f"no mesh of the {space.cluster.devices} devices of {space.cluster} would do: {reasons}."

@@ -24,6 +24,7 @@ class ScheduleName(StrEnum):
     ZB_H2 = "zb-h2"
     ZB_V = "zb-v"
     FORWARD = "forward"
+    AUTO = "auto"
 
 
 class WrapsName(StrEnum):
@@ -53,6 +54,10 @@ def pipeline(
             min=0, max=1, help="Part of the activations that is held until the weight gradient (zero-bubble)."
         ),
     ] = 1.0,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=1, help="Auto: for how many microbatches' activations a stage has room; all unless given."),
+    ] = None,
     wraps: Annotated[
         WrapsName,
         typer.Option(
@@ -67,19 +72,29 @@ def pipeline(
     """Simulate a pipeline schedule: total time, bubble, activations held, the timeline."""
     with readable_errors(debug=debug):
         from tbjax.pipeline import picture
+        from tbjax.pipeline.automatic import Automatic
         from tbjax.pipeline.schedule import named
         from tbjax.pipeline.simulate import Times, simulate
 
+        times = Times(
+            forward=_numbers("--forward", forward),
+            backward_input=_numbers("--backward-input", backward_input),
+            backward_weight=_numbers("--backward-weight", backward_weight),
+            communication=_numbers("--comm", comm),
+        )
+        if schedule is not ScheduleName.AUTO:
+            if memory is not None:
+                raise ValueError(f"--memory {memory:g} is for the auto schedule: {schedule} holds what it holds.")
+            chosen = named(schedule.value, chunks)
+        elif chunks not in (None, 1):
+            raise ValueError(f"--chunks {chunks}: the auto schedule has one chunk a stage.")
+        else:
+            chosen = Automatic(times, memory, weight_activations)
         timeline = simulate(
-            named(schedule.value, chunks),
+            chosen,
             stages,
             microbatches,
-            Times(
-                forward=_numbers("--forward", forward),
-                backward_input=_numbers("--backward-input", backward_input),
-                backward_weight=_numbers("--backward-weight", backward_weight),
-                communication=_numbers("--comm", comm),
-            ),
+            times,
             weight_activations=weight_activations,
             wraps=wraps.value,
         )

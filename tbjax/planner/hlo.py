@@ -45,6 +45,9 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _IOTA = re.compile(r"replica_groups=\[(?P<groups>[\d,]+)\]<=\[(?P<dims>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?")
 _LISTED = re.compile(r"replica_groups=\{(?P<groups>(?:\{[\d,]*\},?)*)\}")
 _MESH = re.compile(r"replica_groups=@?mesh\[(?P<axes>[^\]]*)\](?P<layout>[^{]*)\{(?P<over>[^}]*)\}")
+_ORDER = re.compile(
+    r"device_ids=\(\[(?P<dims>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?\)|device_ids=\(?[\[(](?P<ids>[\d,]+)"
+)
 _PAIRS = re.compile(r"source_target_pairs=\{(?P<pairs>(?:\{\d+,\d+\},?)*)\}")
 
 
@@ -161,13 +164,9 @@ def _trips(loop: _Instruction, computations: Mapping[str, list[_Instruction]]) -
 def _groups(text: str, mesh: Mapping[str, int]) -> np.ndarray:
     """The groups of devices that a collective joins, one a row; for a permutation its pairs of devices."""
     if match := _IOTA.search(text):
-        shape, dims = _numbers(match["groups"]), _numbers(match["dims"])
-        devices = np.arange(math.prod(dims)).reshape(dims)
-        if match["order"]:
-            devices = devices.transpose(_numbers(match["order"]))
-        return devices.reshape(shape)
+        return _iota(match["dims"], match["order"]).reshape(_numbers(match["groups"]))
     if match := _MESH.search(text):
-        return _groups_of_mesh(match["axes"], match["over"])
+        return _groups_of_mesh(match["axes"], match["layout"], match["over"])
     pairs = _PAIRS.search(text)
     if match := pairs or _LISTED.search(text):
         found = [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", match[1]) if group]
@@ -176,10 +175,18 @@ def _groups(text: str, mesh: Mapping[str, int]) -> np.ndarray:
     return np.arange(math.prod(mesh.values()))[None]  # no groups: all devices in one
 
 
-def _groups_of_mesh(axes: str, over: str) -> np.ndarray:
-    """Groups written as axes of a mesh of the compiler's own: `mesh['a'=4,'b'=2] {'a'}`, parts as `'a':(1)2`.
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """The numbers of all devices, as an array of `dims` with its dimensions in another order."""
+    shape = _numbers(dims)
+    devices = np.arange(math.prod(shape)).reshape(shape)
+    return devices.transpose(_numbers(order)) if order else devices
 
-    A part `'a':(m)s` is a sub-axis: split into m, s and what remains, the middle factor.
+
+def _groups_of_mesh(axes: str, layout: str, over: str) -> np.ndarray:
+    """Groups written as axes of a mesh of the compiler's own: `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}`.
+
+    Of an axis a part can be named, `'a':(m)s`: split into m, s and what remains, it is the middle factor. Without
+    `device_ids` the mesh holds the devices in order.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     chosen = [
@@ -188,17 +195,20 @@ def _groups_of_mesh(axes: str, over: str) -> np.ndarray:
     ]
     # Every axis as its factors, so that each chosen part is a dimension of its own.
     factors: list[int] = []
-    grouped: dict[tuple[str, int], int] = {}
+    dimension: dict[tuple[str, int], int] = {}
     for name, size in sizes.items():
         done = 1
-        for _, before, part in sorted(c for c in chosen if c[0] == name):
+        for _, before, part in sorted(part for part in chosen if part[0] == name):
             factors += [before // done, part]
-            grouped[name, before] = len(factors) - 1
+            dimension[name, before] = len(factors) - 1
             done = before * part
         factors.append(size // done)
-    inner = [grouped[name, before] for name, before, _ in chosen]
+    inner = [dimension[name, before] for name, before, _ in chosen]
     outer = [i for i in range(len(factors)) if i not in inner]
-    devices = np.arange(math.prod(factors)).reshape(factors).transpose(outer + inner)
+    devices = np.arange(math.prod(factors))
+    if match := _ORDER.search(layout):
+        devices = np.asarray(_numbers(match["ids"])) if match["ids"] else _iota(match["dims"], match["order"])
+    devices = devices.reshape(factors).transpose(outer + inner)
     return devices.reshape(-1, math.prod(factors[i] for i in inner))
 
 

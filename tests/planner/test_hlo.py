@@ -1,0 +1,154 @@
+"""The walk through a compiled program: what runs how often, over which axes, with how many bytes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tbjax.mesh import AXES, make_mesh
+from tbjax.planner import hlo
+
+MESH = {"pp": 1, "dp": 2, "fsdp": 2, "ep": 1, "cp": 1, "tp": 2}
+
+
+def program(*instructions: str, computations: str = "") -> str:
+    body = "\n".join(f"  {instruction}" for instruction in instructions)
+    return f"HloModule m, is_scheduled=true\n\n{computations}\n\nENTRY %main (p: f32[8]) -> f32[8] {{\n{body}\n}}\n"
+
+
+def only(text: str) -> hlo.Collective:
+    (collective,) = hlo.read(text, MESH).collectives
+    return collective
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("tp",)),
+        ("replica_groups={{0,2},{1,3},{4,6},{5,7}}", ("fsdp",)),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", ("dp",)),
+        ("replica_groups=[4,2]<=[8]", ("tp",)),
+        ("replica_groups=[4,2]<=[4,2]T(1,0)", ("fsdp",)),
+        ("replica_groups=[4,2]<=[2,2,2]T(0,2,1)", ("fsdp",)),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", ("dp", "fsdp")),
+        ("replica_groups=[1,8]<=[8]", ("dp", "fsdp", "tp")),
+        ("replica_groups={}", ("dp", "fsdp", "tp")),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=2] {'a'}", ("dp", "fsdp")),
+        ("replica_groups=mesh['a'=4,'b'=2] {'b'}", ("tp",)),
+        ("replica_groups=mesh['a'=8] {'a':(4)2}", ("tp",)),
+        ("replica_groups=mesh['a'=8] {'a':(1)2}", ("dp",)),
+        ("replica_groups=mesh['a'=8] {'a':(1)2,'a':(4)2}", ("dp", "tp")),
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'b'}", ("tp",)),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=(0,2,4,6,1,3,5,7) {'b'}", ("dp", "fsdp")),
+        ("replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}", ()),
+    ],
+)
+def test_the_axes_of_a_collective_are_those_along_which_its_groups_differ(groups, axes):
+    collective = only(program(f"ROOT %r = f32[8]{{0}} all-reduce(%p), channel_id=1, {groups}, to_apply=%add"))
+    assert (collective.kind, collective.axes, collective.count, collective.bytes) == ("all-reduce", axes, 1, 32)
+
+
+def test_a_permutation_goes_along_the_axis_of_its_pairs():
+    pairs = "source_target_pairs={{0,1},{1,0},{2,3},{3,2},{4,5},{5,4},{6,7},{7,6}}"
+    collective = only(program(f"ROOT %r = bf16[2,8]{{1,0}} collective-permute(%p), channel_id=1, {pairs}"))
+    assert (collective.kind, collective.axes, collective.bytes) == ("collective-permute", ("tp",), 32)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "expected"),
+    [
+        ("%r = f32[16]{0} all-gather(%p), GROUPS, dimensions={0}", 64),
+        ("%r = f32[4]{0} reduce-scatter(%p), GROUPS, dimensions={0}, to_apply=%add", 32),
+        ("%r = (f32[8]{0}, bf16[4]{0}) all-reduce(%p, %q), GROUPS, to_apply=%add", 40),
+        ("%r = (f32[8]{0}, f32[16]{0}) all-gather-start(%p), GROUPS, dimensions={0}", 64),
+        ("%r = ((f32[8]{0}, f32[2]{0}), (f32[4]{0}, f32[1]{0})) reduce-scatter-start(%p, %q), GROUPS", 40),
+        (
+            "%r = (bf16[8]{0:T(8,128)(2,1)}, bf16[8]{0:T(8,128)}, u32[]{:S(2)}) collective-permute-start(%p), GROUPS",
+            16,
+        ),
+        ("%r = s4[9]{0} all-to-all(%p), GROUPS, dimensions={0}", 5),
+        ("%r = pred[] all-reduce(%p), GROUPS, to_apply=%or", 1),
+    ],
+)
+def test_bytes_are_those_of_the_whole_buffers(instruction, expected):
+    assert only(program("ROOT " + instruction.replace("GROUPS", "replica_groups=[4,2]<=[8]"))).bytes == expected
+
+
+def test_the_end_of_an_asynchronous_collective_is_not_another_one():
+    text = program(
+        "%s = (f32[8]{0}, f32[16]{0}) all-gather-start(%p), replica_groups=[4,2]<=[8], dimensions={0}",
+        "ROOT %d = f32[16]{0} all-gather-done(%s)",
+    )
+    assert only(text).count == 1
+
+
+LOOPS = """%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %inner = (s32[], f32[8]) while(%p), condition=%cond.2, body=%body.2, backend_config={"known_trip_count":{"n":"5"}}
+  %f = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused, backend_config={"integer_config":{"estimated_cycles":"100"}}
+  ROOT %t = (s32[], f32[8]) tuple(%i, %f)
+}
+
+%fused (p: f32[8]) -> f32[8] {
+  ROOT %r = f32[8]{0} all-reduce(%p), replica_groups=[4,2]<=[8], to_apply=%add
+}
+
+%cond.1 (p: (s32[], f32[8])) -> pred[] {
+  %i = s32[] get-tuple-element(%p), index=0
+  %bound = s32[]{:T(128)} constant(3)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT
+}
+
+%body.2 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %g = f32[16]{0} all-gather(%x), replica_groups=[4,2]<=[8], dimensions={0}
+  ROOT %t = (s32[], f32[8]) tuple(%i, %x)
+}
+
+%cond.2 (p: (s32[], f32[8])) -> pred[] {
+  ROOT %done = pred[] custom-call(%p), custom_call_target="anything"
+}"""
+
+
+def test_loops_multiply_what_they_hold_and_loops_in_them():
+    text = program(
+        "%w = (s32[], f32[8]) while(%p), condition=%cond.1, body=%body.1",
+        'ROOT %c = f32[8]{0} copy(%w), backend_config={"estimated_cycles":"7"}',
+        computations=LOOPS,
+    )
+    found = hlo.read(text, MESH)
+    assert {(c.kind, c.count, c.bytes) for c in found.collectives} == {("all-reduce", 3, 96), ("all-gather", 15, 960)}
+    assert found.cycles == 3 * 100 + 7
+    assert found.unknown_loops == 0
+
+
+def test_a_loop_whose_trips_are_unknown_counts_once_and_is_reported():
+    text = program("ROOT %w = (s32[], f32[8]) while(%p), condition=%cond.2, body=%body.2", computations=LOOPS)
+    found = hlo.read(text, MESH)
+    assert [c.count for c in found.collectives] == [1]
+    assert found.unknown_loops == 1
+
+
+def test_a_real_program_has_the_collectives_that_were_written_into_it():
+    mesh = make_mesh((2, 2, 2))
+
+    def placed(*spec):
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    def step(x, weight):
+        return jax.lax.with_sharding_constraint(jnp.tanh(x @ weight), placed(None, None)), None
+
+    def function(x, weights):
+        return jax.lax.scan(step, x, weights)[0]
+
+    x = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=placed(None, None))
+    weights = jax.ShapeDtypeStruct((7, 32, 32), jnp.float32, sharding=placed(None, "tp", None))
+    text = jax.jit(function).lower(x, weights).compile().as_text()
+    (collective,) = hlo.read(text, dict(mesh.shape)).collectives
+    assert tuple(mesh.shape) == AXES
+    # The contraction is cut over tp: one sum of a [16, 32] result in each of the seven layers.
+    assert (collective.kind, collective.axes) == ("all-reduce", ("tp",))
+    assert (collective.count, collective.bytes) == (7, 7 * 16 * 32 * 4)
+
+
+def test_what_is_not_hlo_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY computation"):
+        hlo.read("module @jit_f {}", MESH)

@@ -13,9 +13,11 @@ import mmap
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from interop.readers.base import CheckpointError, Index, SourceTensor
+from tbjax.dtypes import narrows
 
 # Bytes of a source that are copied to all their destinations before the next: what a core's second-level cache holds.
 BLOCK_BYTES = 1 << 20
@@ -47,7 +49,7 @@ def fill(source: SourceTensor, moves: Sequence[Move]) -> None:
             except FloatingPointError as error:
                 raise CheckpointError(
                     f"{source.file}: tensor {source.name!r} has values beyond the range of {target.dtype}: {error}. "
-                    "Load it with a dtype that can hold them, such as bfloat16 or float32."
+                    "Load it with a dtype that can hold them, such as float32."
                 ) from error
 
 
@@ -72,11 +74,11 @@ def blocks(moves: Sequence[Move], itemsize: int, limit: int) -> Iterator[list[Mo
 
 
 def copy(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source`. Raises FloatingPointError where a finite number becomes infinite (float32 to float16)."""
+    """`target[...] = source`. Raises FloatingPointError where a finite number does not stay one (1e6 as a float16)."""
     if target.dtype == source.dtype:
         unsigned = UNSIGNED[target.dtype.itemsize]
         target, source = target.view(unsigned), source.view(unsigned)
-    with np.errstate(over="raise", invalid="ignore", under="ignore"):
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         if target.ndim == 2 and _goes_down(target) != _goes_down(source):
             for row in range(0, target.shape[0], SQUARE):
                 for column in range(0, target.shape[1], SQUARE):
@@ -84,6 +86,8 @@ def copy(target: np.ndarray, source: np.ndarray) -> None:
                     np.copyto(target[square], source[square], casting="unsafe")
         else:
             np.copyto(target, source, casting="unsafe")
+    if narrows(source.dtype, target.dtype):
+        _check_finite(target, source)
 
 
 def aligned(shape: Sequence[int], dtype: np.dtype, *, zeroed: bool = False) -> np.ndarray:
@@ -103,6 +107,22 @@ def passing(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """
     size = math.prod(shape) * dtype.itemsize
     return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8, size).view(dtype).reshape(shape)
+
+
+def _check_finite(target: np.ndarray, source: np.ndarray) -> None:
+    """Raise if a finite number of `source` is none in `target`.
+
+    Not every cast sets the processor's overflow flag (those of ml_dtypes do not), so the result is looked at, as
+    integers, which is quick: whatever is beyond the largest number is infinite or not a number.
+    """
+    largest = np.array(ml_dtypes.finfo(target.dtype).max, target.dtype)
+    unsigned = UNSIGNED[target.dtype.itemsize]
+    magnitudes = target.view(unsigned) & unsigned(np.iinfo(unsigned).max >> 1)  # without the sign
+    if magnitudes.max(initial=0) <= largest.view(unsigned):
+        return
+    lost = np.isfinite(source) & ~np.isfinite(target)
+    if lost.any():
+        raise FloatingPointError(f"{source[lost][0]} is more than {largest}")
 
 
 def _goes_down(array: np.ndarray) -> bool:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from interop.copying import SQUARE, Move, aligned, blocks, copy, fill
 from interop.readers.base import CheckpointError
 from interop.readers.memory import ArrayTensor
+from tbjax.dtypes import narrows
 
 DTYPES = [np.dtype(kind) for kind in ("f8", "f4", "f2", ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn)]
 
@@ -46,17 +47,30 @@ def test_equal_dtypes_are_copied_bit_for_bit():
     np.testing.assert_array_equal(target.view(np.uint16), bits.T)
 
 
-def test_a_number_that_the_target_cannot_hold_is_refused_by_name():
-    source = ArrayTensor("model.norm.weight", np.array([1.0, 1e6], np.float32))
-    with pytest.raises(CheckpointError, match=r"<memory>: tensor 'model.norm.weight' has values beyond .* float16"):
-        fill(source, [Move((slice(0, 2),), np.zeros(2, np.float16))])
+NARROWER = [(of, to) for of, to in itertools.product(DTYPES, DTYPES) if narrows(of, to)]
 
 
-def test_infinity_stays_infinity():
-    source = ArrayTensor("x", np.array([np.inf, -np.inf, np.nan], np.float32))
-    target = np.zeros(3, np.float16)
-    fill(source, [Move((slice(0, 3),), target)])
-    np.testing.assert_array_equal(target, np.array([np.inf, -np.inf, np.nan], np.float16))
+@pytest.mark.parametrize(("of", "to"), NARROWER, ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_number_that_the_target_cannot_hold_is_refused_by_name(of, to, sign):
+    largest = ml_dtypes.finfo(of).max
+    source = ArrayTensor("model.norm.weight", np.array([[1.0, 2.0], [3.0, sign * largest]], of))
+    with pytest.raises(CheckpointError, match=rf"<memory>: tensor 'model.norm.weight' .* {to}: .* is more than"):
+        fill(source, [Move((slice(0, 2), slice(0, 2)), np.zeros((2, 2), to).T)])
+
+
+def test_all_pairs_that_can_overflow_are_looked_at():
+    # By their largest numbers: 1.8e308, 3.403e38, 3.390e38, 65504, 448.
+    order = ["float64", "float32", "bfloat16", "float16", "float8_e4m3fn"]
+    assert {(of.name, to.name) for of, to in NARROWER} == set(itertools.combinations(order, 2))
+
+
+@pytest.mark.parametrize(("of", "to"), [(np.float32, np.float16), (ml_dtypes.bfloat16, np.float16)], ids=str)
+def test_infinity_stays_infinity(of, to):
+    source = ArrayTensor("x", np.array([np.inf, -np.inf, np.nan, 65504 if of is np.float32 else 65280], of))
+    target = np.zeros(4, to)
+    fill(source, [Move((slice(0, 4),), target)])
+    np.testing.assert_array_equal(target, source.read().astype(to))
 
 
 @given(

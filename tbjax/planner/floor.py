@@ -3,7 +3,8 @@
 A mesh numbers its devices with the innermost axis fastest. On GPUs those numbers run through the nodes, so that an axis
 lies inside a node exactly if its size times the sizes further in do. On a torus every mesh axis is given whole
 dimensions where it can be, and parts of dimensions where it cannot: the same rule by which `make_mesh` (through
-`jax.experimental.mesh_utils`) lays real chips out.
+`jax.experimental.mesh_utils`) lays real chips out. Only the smallest slices, of one host or two, are numbered otherwise
+there, along a ring through all their chips.
 """
 
 import itertools

@@ -147,7 +147,12 @@ def _torus(plan: "Plan") -> Markup:
         for (name, size), wraps in zip(_torus_dimensions(plan).items(), cluster.wraps, strict=True)
     ]
     axis = drawing.grouped_axis(layout)
-    notes = [f"Chips of one colour, side by side, are a group along {axis}."]
+    grouped = any(floor.fold(layout.mesh, cluster)[axis][name] > 1 for name in _torus_dimensions(plan))
+    notes = [
+        f"Chips of one colour, side by side, are a group along {axis}."
+        if grouped
+        else f"Each chip is a group along {axis}."
+    ]
     if cluster.slices > 1:
         notes.append(f"One of {cluster.slices} slices, which are alike.")
     if cluster.hardware.devices_per_chip > 1:
@@ -302,7 +307,7 @@ def _hardware(plan: "Plan") -> Markup | None:
     sources = plan.cluster.hardware.sources
     if not sources:
         return None
-    rows = [(words.title(figure), source) for figure, source in sources.items()]
+    rows = [(words.title(figure), element("span", source, class_="loose")) for figure, source in sources.items()]
     return element(
         "section",
         element(

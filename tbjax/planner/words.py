@@ -139,7 +139,7 @@ def options(layout: Layout) -> str:
         said.append("sequence parallel")
     if layout.offload:
         said.append(f"{' and '.join(layout.offload)} offloaded")
-    return ", ".join(said) or "nothing recomputed"
+    return ", ".join(said) or "plain"
 
 
 def model(config: ModelConfig) -> str:
@@ -157,6 +157,8 @@ def machine(cluster: Cluster) -> str:
 def device(cluster: Cluster, number: int = 1) -> str:
     """What one device is called here."""
     name = {"google": "chip", "nvidia": "GPU"}.get(cluster.hardware.vendor, "device")
+    if cluster.hardware.devices_per_chip > 1:
+        name = "device"
     return name if number == 1 else f"{name}s"
 
 
@@ -216,6 +218,7 @@ def summary(plan: "Plan") -> list[str]:
         work(plan.workload, plan.config),
         laid_out(plan.layout, plan.workload, plan.cluster),
         " ".join([largest_memory(plan), largest_time(plan)]),
+        *([f"It can serve {count(plan.maximum_batch)} sequences at once, no more."] if plan.maximum_batch else []),
         *([chosen_from(plan)] if plan.rejected else []),
     ]
 
@@ -304,7 +307,7 @@ def lies(axis: str, layout: Layout, cluster: Cluster) -> str:
         place = f"inside a fast domain of {cluster.fast_domain} {device(cluster, cluster.fast_domain)}"
         return _both(inside, across, place, "domains")
     if cluster.hosts * cluster.slices == 1 and across > 1:
-        return "inside the node, without a fast link"
+        return f"inside the node, {inside if inside > 1 else 'none'} of it on a fast link"
     return _both(inside, across, "inside a node", "nodes")
 
 

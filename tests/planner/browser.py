@@ -57,13 +57,12 @@ class Browser:
                 return answer["result"]
             self._note(answer)
 
-    def open(self, path: Path, width: int, height: int, *, dark: bool = False, scripts: bool = True) -> None:
+    def open(self, path: Path, width: int, height: int, *, dark: bool = False) -> None:
         """Show a file at a size, in light or dark mode."""
         self.complaints.clear()
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=True)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
         self.call("Page.navigate", url=path.resolve().as_uri())
         deadline = time.monotonic() + PATIENCE_SECONDS
         while (event := self._receive(deadline)).get("method") != "Page.loadEventFired":

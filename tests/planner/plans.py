@@ -81,9 +81,7 @@ PLANS = {
         Layout(pp=16, dp=2, fsdp=64, tp=8, microbatches=64, schedule="interleaved", chunks=5),
         LARGE_BATCH,
     ),
-    "NVL72": lambda: make(
-        "gb200:36x4", Layout(dp=2, fsdp=9, tp=8, microbatches=2), Workload(global_batch=576, seq_len=4096)
-    ),
+    "NVL72": lambda: make("gb200:36x4", Layout(dp=18, tp=8, microbatches=2), Workload(global_batch=576, seq_len=4096)),
     "v5p": lambda: make("v5p:4x4x4", Layout(fsdp=16, tp=4, microbatches=8)),
     "two slices": lambda: make("v5p:2*8x8x16", Layout(dp=2, fsdp=256, tp=4)),
     "v5e": lambda: make("v5e:16x16", Layout(fsdp=32, tp=8, microbatches=16)),

@@ -7,12 +7,15 @@ and multi-node rows. What is minimised is the relative error, with large errors 
 a congested network do not bend the constants; both files weigh the same. Each constant has a prior, from what is known
 of the device without these runs, which decides where the rows say nothing.
 
-Then the test: each hidden size is left out in turn, and predicted with constants fitted to the other two.
+Then the test: each hidden size is left out in turn and predicted with constants fitted to the other two, and so is each
+degree of tensor parallelism and each size of a microbatch. All single-node rows have one hidden size, and only they are
+so small that the host is the bottleneck: without them nothing but the prior says how fast it is.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -78,37 +81,71 @@ def _stack(exponents: np.ndarray) -> Stack:
     return dataclasses.replace(MEGATRON_2021, **moved)
 
 
-def left_out(measured: Sequence[Case]) -> dict[int, tuple[Stack, float]]:
-    """For each hidden size, the constants fitted without it and the mean absolute error on it."""
-    result = {}
-    for hidden in sorted({case.config.embed for case in measured}):
-        stack = fit([case for case in measured if case.config.embed != hidden])
-        result[hidden] = stack, mean_absolute([case for case in measured if case.config.embed == hidden], stack)
-    return result
+# By what rows are left out.
+KEYS: Mapping[str, Callable[[Case], int]] = {
+    "hidden": lambda case: case.config.embed,
+    "tp": lambda case: case.layout.tp,
+    "microbatch": lambda case: case.layout.rows(case.workload),
+}
+
+
+class Blind(NamedTuple):
+    """A prediction of rows that the constants have not seen."""
+
+    stack: Stack
+    rows: list[Case]
+
+    @property
+    def error(self) -> float:
+        return mean_absolute(self.rows, self.stack)
+
+
+def left_out(measured: Sequence[Case], key: Callable[[Case], int]) -> dict[int, Blind]:
+    """For each value of `key`, the constants fitted without the rows that have it, and those rows."""
+    return {
+        value: Blind(
+            fit([case for case in measured if key(case) != value]), [case for case in measured if key(case) == value]
+        )
+        for value in sorted({key(case) for case in measured})
+    }
+
+
+def blind_error(blind: Mapping[int, Blind], *, several_nodes: bool) -> float:
+    """The mean absolute error over all rows of one file, each predicted without those that are like it."""
+    errors = [
+        abs(case.error(part.stack))
+        for part in blind.values()
+        for case in part.rows
+        if (case.cluster.hosts > 1) is several_nodes
+    ]
+    return statistics.fmean(errors)
 
 
 def main() -> None:
-    console, measured = Console(), cases()
-    fitted, without = fit(measured), left_out(measured)
+    console, measured = Console(width=120), cases()
+    fitted = fit(measured)
+    blind = {name: left_out(measured, key) for name, key in KEYS.items()}
+    without = blind["hidden"]
     table = Table(title="Constants: prior, fitted, fitted without one hidden size")
     for heading in ("", "prior", "fitted", *(f"without {hidden}" for hidden in without), "in use"):
         table.add_column(heading, justify="right")
     for name, prior in PRIORS.items():
-        stacks = (fitted, *(stack for stack, _ in without.values()), MEGATRON_2021)
+        stacks = (fitted, *(part.stack for part in without.values()), MEGATRON_2021)
         table.add_row(name, *(f"{value:.4g}" for value in (prior.value, *(getattr(s, name) for s in stacks))))
     console.print(table)
     errors = Table(title="Mean absolute error")
     for heading in ("rows", "constants in use", "fitted to all", "fitted without them"):
         errors.add_column(heading, justify="right")
-    for hidden, (_, error) in without.items():
-        rows = [case for case in measured if case.config.embed == hidden]
-        values = mean_absolute(rows), mean_absolute(rows, fitted), error
-        errors.add_row(f"hidden {hidden} ({len(rows)})", *(f"{value:.1%}" for value in values))
+    for key, parts in blind.items():
+        for value, part in parts.items():
+            found = mean_absolute(part.rows), mean_absolute(part.rows, fitted), part.error
+            errors.add_row(f"{key} {value} ({len(part.rows)})", *(f"{error:.1%}" for error in found))
+        errors.add_section()
     for name, several in (("single-node", False), ("multi-node", True)):
         rows = [case for case in measured if (case.cluster.hosts > 1) is several]
-        blind = sum(without[case.config.embed][1] for case in rows) / len(rows)
-        values = mean_absolute(rows), mean_absolute(rows, fitted), blind
-        errors.add_row(f"{name} ({len(rows)})", *(f"{value:.1%}" for value in values))
+        for key, parts in blind.items():
+            found = mean_absolute(rows), mean_absolute(rows, fitted), blind_error(parts, several_nodes=several)
+            errors.add_row(f"{name} ({len(rows)}), by {key}", *(f"{error:.1%}" for error in found))
     console.print(errors)
 
 

@@ -151,7 +151,7 @@ def _model(name: str, layers: int, hidden: int, heads: int, kv_heads: int, mlp: 
 
 
 def _stack_of(source: str) -> Stack:
-    """The software, by who published: Narayanan et al. came before gradients were summed in place, Korthikanti after."""
+    """The software, by who published: Korthikanti et al. are the first here whose gradients are summed in place."""
     if re.search(r"Narayanan|DeepSpeed", source):
         return MEGATRON_2021
     return MEGATRON_2022 if re.search(r"Korthikanti|Megatron", source) else XLA

@@ -39,7 +39,8 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def page(plan: "Plan", verification: "Verification | None" = None) -> str:
-    """The whole page. With a verification, what the compiler said stands beside what was predicted."""
+    """The whole page. With a verification (or the plan's own), what the compiler said stands beside the prediction."""
+    verification = verification or plan.verification
     sections = [
         _head(plan),
         _in_words(plan),

@@ -27,7 +27,7 @@ BAR = 18
 
 
 def report(plan: "Plan") -> RenderableType:
-    """The whole plan."""
+    """The whole plan, with what the compiler said of it where the search asked."""
     style = "green" if plan.fits else "red"
     parts: list[RenderableType] = [
         Text(words.heading(plan), style="bold"),
@@ -37,6 +37,8 @@ def report(plan: "Plan") -> RenderableType:
         _axes(plan),
         _Beside(_memory(plan), _time(plan)),
     ]
+    if plan.verification:
+        parts += [Text(), verified(plan, plan.verification)]
     if plan.candidates:
         parts.append(_runners_up(plan))
     if plan.rejected:

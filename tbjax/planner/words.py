@@ -196,7 +196,7 @@ def figures(plan: "Plan") -> list[tuple[str, str, str]]:
         result.append(("Step", seconds(time.total), f"{short_count(plan.workload.tokens)} tokens"))
     else:
         result.append(("First token", seconds(time.prefill), f"then {seconds(time.decode)} each"))
-    result.append(("Tokens per second", count(plan.tokens_per_second), per_device(plan)))
+    result.append(("Tokens/s", count(plan.tokens_per_second), per_device(plan)))
     result.append(("MFU", share(plan.mfu, 1.0), "of the peak FLOP/s"))
     result.append(("Memory", gib(plan.memory.total), f"of {gib(limit)} on each {device(plan.cluster)}"))
     return result

@@ -88,6 +88,12 @@ def test_without_a_verification_the_page_does_not_speak_of_one(plan):
     assert "compiler" not in Reader(page(plan)).text
 
 
+def test_the_plans_own_verification_is_shown_unless_another_is_given():
+    plan = plans.PLANS["64 GPUs"]()
+    verified = dataclasses.replace(plan, verification=plans.verification(plan))
+    assert page(verified) == page(plan, verified.verification)
+
+
 def test_the_page_asks_for_nothing_outside_itself(plan):
     text = page(plan, plans.verification(plan))
     read = Reader(text)

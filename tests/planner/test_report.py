@@ -79,3 +79,6 @@ def test_a_verification_stands_beside_its_prediction(width):
         line = next(line for line in text.splitlines() if all(cell in line for cell in row))
         assert line.strip()
     assert "Extrapolated" in text
+    within = shown(report(dataclasses.replace(plan, verification=verification)), width)
+    assert compared.verdict(verification) in " ".join(within.split())
+    assert "compiler" not in shown(report(plan), width)

@@ -1,8 +1,9 @@
 """Greedy generation: one program reads the prompt, another writes tokens, both on the device.
 
 Prompts of different lengths are padded on the left, so that every row ends in the same slot; padding is masked, so a
-row's tokens do not depend on its neighbours. Lengths are rounded up to buckets, so that a new length seldom compiles
-anew. The decode loop runs on the device until every row has ended: one dispatch for all tokens.
+row's tokens do not depend on its neighbours. A row that outgrows the trained length of a `longrope` model is read anew
+there, since from then on every key turns otherwise. Lengths are rounded up to buckets, so that a new length seldom
+compiles anew. The decode loop runs on the device until every row has ended: one dispatch for all tokens.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tbjax.config import ModelConfig
 from tbjax.layers.cache import KVCache, make_cache
 from tbjax.model import Decoder
 
@@ -29,20 +31,44 @@ def generate(
 ) -> list[list[int]]:
     """The tokens that follow each prompt, up to and without the first of `eos_tokens`."""
     _check(model, prompts, max_new_tokens)
-    max_new_tokens = int(max_new_tokens)
-    if max_new_tokens == 0:
-        return [[] for _ in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    budgets = {row: int(max_new_tokens) for row in range(len(prompts)) if max_new_tokens}
+    while budgets:
+        # Usually one group, whose steps are the whole budget.
+        groups: dict[int, list[int]] = {}
+        for row, budget in budgets.items():
+            steps = _steps(model.config, len(prompts[row]) + len(answers[row]), budget)
+            groups.setdefault(steps, []).append(row)
+        for steps, rows in groups.items():
+            written = _write(model, [[*prompts[row], *answers[row]] for row in rows], steps, set(eos_tokens))
+            for row, tokens in zip(rows, written, strict=True):
+                answers[row] += tokens
+                budgets[row] -= steps
+                if len(tokens) < steps or not budgets[row]:
+                    del budgets[row]
+    return answers
+
+
+def _steps(config: ModelConfig, length: int, budget: int) -> int:
+    """How many tokens a row of `length` may write before all its keys turn otherwise."""
+    trained = [r.original_positions for r in (config.rope, config.window_rope) if r and r.kind == "longrope"]
+    within = [limit - length + 1 for limit in trained if length <= limit]
+    return min([budget, *within])
+
+
+def _write(model: Decoder, prompts: Sequence[Sequence[int]], count: int, eos_tokens: set[int]) -> list[list[int]]:
+    """Up to `count` tokens after each prompt."""
     length = _bucket(max(map(len, prompts)))
     tokens = np.zeros((len(prompts), length), np.int32)
     mask = np.zeros((len(prompts), length), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, length - len(prompt) :] = prompt
         mask[row, length - len(prompt) :] = 1
-    capacity = length + _bucket(max_new_tokens)
+    capacity = length + _bucket(count)
     first, cache = _prefill(model, tokens, mask, capacity)
-    eos = np.asarray(sorted(set(eos_tokens)) or [-1], np.int32)
-    written, _ = _decode(model, first, cache, eos, jnp.int32(max_new_tokens), capacity - length)
-    return [_until(row[:max_new_tokens].tolist(), set(eos.tolist())) for row in np.asarray(written)]
+    eos = np.asarray(sorted(eos_tokens) or [-1], np.int32)
+    written, _ = _decode(model, first, cache, eos, jnp.int32(count), capacity - length)
+    return [_until(row[:count].tolist(), eos_tokens) for row in np.asarray(written)]
 
 
 @partial(jax.jit, static_argnames="capacity")

@@ -171,9 +171,11 @@ class Decoder(nnx.Module):
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers [batch, sequence], not {tokens.dtype}{list(tokens.shape)}.")
-        valid = jnp.ones(tokens.shape, bool) if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
-        if valid.shape != tokens.shape:
-            raise ValueError(f"attention_mask has shape {list(valid.shape)}, tokens {list(tokens.shape)}.")
+        tokens = tokens.astype(jnp.int32)  # XLA gathers by few integer dtypes: token files' uint16 is not among them
+        valid = jnp.ones(tokens.shape, bool) if attention_mask is None else _truths(attention_mask)
+        for name, array in (("attention_mask", valid), ("positions", positions)):
+            if array is not None and jnp.shape(array) != tokens.shape:
+                raise ValueError(f"{name} has shape {list(jnp.shape(array))}, tokens {list(tokens.shape)}.")
         slots = jnp.arange(tokens.shape[1])
         known = valid
         if cache is not None:
@@ -235,6 +237,15 @@ class Decoder(nnx.Module):
             outs.append(out)
         new, loads = jax.tree.map(lambda *a: jnp.stack(a), *outs)
         return x, new, loads
+
+
+def _truths(mask: Any) -> jax.Array:
+    mask = jnp.asarray(mask)
+    if jnp.issubdtype(mask.dtype, jnp.floating):
+        raise ValueError(
+            f"attention_mask is {mask.dtype}: it marks real tokens with 1 or True, and is not added to the scores."
+        )
+    return mask.astype(bool)
 
 
 def auxiliary_loss(loads: list[RouterLoad]) -> jax.Array | None:

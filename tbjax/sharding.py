@@ -267,7 +267,8 @@ class Sharding:
     def _working_mesh(self, module: Any) -> str:
         """A sentence naming the mesh nearest to this one, over as many devices, that the module's sizes allow."""
         asked = dict(self.mesh.shape)
-        movable = [axis for axis in ("dp", "fsdp", "ep", "tp") if axis in asked and (asked[axis] > 1 or axis != "ep")]
+        movable = [axis for axis in ("dp", "fsdp", "tp") if axis in asked]
+        movable += [axis for axis in ("pp", "ep") if asked.get(axis, 1) > 1]
         count = self.size(*movable)
         divisors = [n for n in range(1, count + 1) if count % n == 0]
         candidates = [

@@ -1,5 +1,7 @@
 """Greedy generation: the tokens that a forward pass over the whole would choose, whatever mesh, padding or cache."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 import tbjax
 from tbjax import LayerKind, ModelConfig
+from tbjax.config import Rope
 from tbjax.generate import _decode, _prefill, generate
 from tbjax.layers.cache import make_cache
 from tbjax.sharding import leaves
@@ -25,9 +28,9 @@ CONFIG = ModelConfig(
 PROMPTS = ([5, 9, 200, 31], [7], [250, 3, 3, 8, 100, 41, 12, 13, 14, 15, 16, 17])
 
 
-def model(mesh):
+def model(mesh, config=CONFIG):
     """Random weights large enough that the likeliest token is no near tie."""
-    made = tbjax.from_config(CONFIG, mesh, seed=3)
+    made = tbjax.from_config(config, mesh, seed=3)
     for leaf in leaves(made):
         if leaf.path.endswith("weight") and len(leaf.variable.shape) > 1:
             leaf.variable[...] = leaf.variable[...] * 12
@@ -39,7 +42,8 @@ def by_whole_sequences(made, prompt, count):
     for _ in range(count):
         padded = np.zeros((1, 32), np.int32)
         padded[0, : len(tokens)] = tokens
-        tokens.append(int(jnp.argmax(made(padded)[0, len(tokens) - 1])))
+        positions = np.minimum(np.arange(32), len(tokens) - 1)[None]  # the padding makes the sequence no longer
+        tokens.append(int(jnp.argmax(made(padded, positions=positions)[0, len(tokens) - 1])))
     return tokens[len(prompt) :]
 
 
@@ -54,6 +58,15 @@ def test_each_row_is_what_it_would_be_alone(mesh, expected):
     made = model(mesh)
     assert generate(made, PROMPTS, max_new_tokens=12) == expected
     assert generate(made, PROMPTS[1:2], max_new_tokens=12) == expected[1:2]
+
+
+def test_a_row_that_outgrows_the_trained_length_is_read_anew():
+    short, long = (tuple(start + slope * i for i in range(8)) for start, slope in ((1, 0.1), (2, 0.7)))
+    rope = Rope(kind="longrope", theta=100.0, original_positions=14, short_factors=short, long_factors=long)
+    made = model((2, 2, 2), dataclasses.replace(CONFIG, rope=rope))
+    expected = [by_whole_sequences(made, prompt, 12) for prompt in PROMPTS]
+    assert generate(made, PROMPTS, max_new_tokens=12) == expected
+    assert generate(made, PROMPTS[2:], max_new_tokens=12, eos_tokens=expected[2][5:6]) == [expected[2][:5]]
 
 
 def test_an_end_token_ends_its_row_only(expected):

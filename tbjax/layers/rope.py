@@ -2,7 +2,8 @@
 
 Feature i of the rotated part is paired with feature i + half, the layout of all Hugging Face decoders. Angles, cosines
 and sines are float32 whatever the precision of the model. Two kinds depend on how long the sequence is (`dynamic`
-stretches its base, `longrope` changes its factors); the length is the largest position asked for, as in transformers.
+stretches its base, `longrope` changes its factors): the length is the row's own, so that no row depends on another.
+Keys in a cache keep the turn of the length at which they were written.
 """
 
 import math
@@ -16,7 +17,8 @@ from tbjax.config import Rope
 
 def angles(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines, [B, S, rotated/2] each, for integer positions [B, S]."""
-    theta = positions.astype(jnp.float32)[..., None] * frequencies(rope, head_dim, jnp.max(positions) + 1)
+    lengths = jnp.max(positions, axis=1) + 1
+    theta = positions.astype(jnp.float32)[..., None] * jnp.expand_dims(frequencies(rope, head_dim, lengths), -2)
     return jnp.cos(theta) * rope.attention_factor, jnp.sin(theta) * rope.attention_factor
 
 
@@ -28,8 +30,8 @@ def rotate(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
     return jnp.concatenate((first * cosines - second * sines, second * cosines + first * sines, rest), axis=-1)
 
 
-def frequencies(rope: Rope, head_dim: int, length: jax.Array | int) -> jax.Array:
-    """Radians per position of each pair of features, for sequences of `length`."""
+def frequencies(rope: Rope, head_dim: int, lengths: jax.Array) -> jax.Array:
+    """Radians per position of each pair of features: [rotated/2], or [B, rotated/2] where the `lengths` [B] matter."""
     rotated = int(head_dim * rope.fraction)
     exponents = np.arange(0, rotated, 2) / rotated
     plain = rope.theta**-exponents
@@ -43,12 +45,12 @@ def frequencies(rope: Rope, head_dim: int, length: jax.Array | int) -> jax.Array
         case "yarn":
             result = _yarn(rope, plain, rotated)
         case "dynamic":
-            stretch = jnp.maximum(length, rope.original_positions) / rope.original_positions
+            stretch = jnp.maximum(lengths, rope.original_positions) / rope.original_positions
             growth = (rope.factor * stretch - (rope.factor - 1)) ** (rotated / (rotated - 2))
-            return (rope.theta * growth) ** -jnp.asarray(exponents, jnp.float32)
+            return (rope.theta * growth)[:, None] ** -jnp.asarray(exponents, jnp.float32)
         case "longrope":
             short, long = (plain / np.asarray(factors) for factors in (rope.short_factors, rope.long_factors))
-            return jnp.where(length > rope.original_positions, jnp.float32(long), jnp.float32(short))
+            return jnp.where((lengths > rope.original_positions)[:, None], jnp.float32(long), jnp.float32(short))
     return jnp.asarray(result, jnp.float32)
 
 

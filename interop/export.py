@@ -28,6 +28,7 @@ from interop.copying import copy
 from interop.families import Family
 from interop.writer import CheckpointWriter, Layout, code
 from tbjax.config import ModelConfig
+from tbjax.dtypes import float_dtype
 from tbjax.sharding import leaves
 
 # As transformers shards by default: files that are still easy to move.
@@ -55,9 +56,10 @@ def export(
     `dtype` defaults to that of each parameter. `tokenizer` is anything with `save_pretrained`. A folder that stands
     there is refused unless it is empty or, with `overwrite`, a checkpoint.
     """
+    wanted = None if dtype is None else float_dtype(dtype)
     bound = bindings(model, config, family)
     parameters = dict(zip((leaf.path for leaf in leaves(model)), jax.tree.leaves(model), strict=True))
-    dtypes = {b.source: _stored_dtype(b, dtype or parameters[b.path].dtype) for b in reversed(bound)}
+    dtypes = {b.source: wanted or _stored_dtype(b, parameters[b.path].dtype) for b in reversed(bound)}
     layout = {name: (dtypes[name], shape) for name, shape in source_shapes(bound).items()}
     parts: dict[str, list[Binding]] = collections.defaultdict(list)
     for binding in bound:

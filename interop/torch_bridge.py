@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from interop.bindings import Binding, bindings, source_shapes
@@ -27,6 +26,7 @@ from interop.load import load_parameters
 from interop.readers.base import Checkpoint, Index, SourceTensor
 from interop.readers.memory import MEMORY
 from interop.readers.pickled import CARRIERS, as_numpy
+from tbjax.dtypes import float_dtype
 from tbjax.sharding import leaves
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def from_torch(
     translation = family(config_json["model_type"])
     config = translation.config(Fields(module.config.to_dict(), f"{type(module).__name__}.config"))
     origin = api.Origin(config_json, _generation_config_json(module), tokenizer)
-    model = api.abstract(config, mesh, dtype=dtype or str(module.dtype).removeprefix("torch."), origin=origin)
+    dtype = str(module.dtype).removeprefix("torch.") if dtype is None else dtype
+    model = api.abstract(config, mesh, dtype=dtype, origin=origin)
     tensors = {name: _TorchTensor(name, tensor) for name, tensor in _hub_tensors(module).items()}
     with Checkpoint(tensors, "memory") as checkpoint:
         return load_parameters(model, config, translation, checkpoint, progress=False)
@@ -79,7 +80,7 @@ def to_torch(model: "CausalLM", *, dtype: Any = None) -> "transformers.PreTraine
             "write it with save_pretrained, and read it where PyTorch is to have it."
         )
     config = transformers.CONFIG_MAPPING[model.origin.config["model_type"]].from_dict(dict(model.origin.config))
-    wanted = str(jnp.dtype(dtype or model.dtype))
+    wanted = float_dtype(model.dtype if dtype is None else dtype).name
     # transformers fills a model on the meta device from the mapping, fuses what it fuses, and ties what is tied.
     architecture: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     module, loading = architecture.from_pretrained(

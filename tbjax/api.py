@@ -14,7 +14,6 @@ from typing import Any, Literal, cast
 
 import jax
 import jax.core
-import jax.numpy as jnp
 import numpy as np
 
 from interop import companions
@@ -22,6 +21,7 @@ from interop.families import Fields, family
 from interop.load import DEFAULT_BUDGET, load_parameters
 from tbjax import checkpoint, generate
 from tbjax.config import ModelConfig
+from tbjax.dtypes import float_dtype
 from tbjax.mesh import MeshSpec, make_mesh
 from tbjax.model import Decoder
 from tbjax.sharding import Sharding, ShardingStrategy
@@ -176,7 +176,7 @@ def load(
         about = checkpoint.read_about(name_or_path)
         beside = companions.unpack(about.companions)
         origin = None if beside is None else Origin(*beside)
-        model = abstract(about.config, mesh, dtype=dtype or about.dtype, origin=origin, **layout)
+        model = abstract(about.config, mesh, dtype=about.dtype if dtype is None else dtype, origin=origin, **layout)
         return checkpoint.restore(model, name_or_path)
 
     from interop.source import resolve
@@ -232,8 +232,9 @@ def abstract(
     scan: bool = True,
 ) -> CausalLM:
     """The model without its weights: shapes, dtypes and shardings, all checked against the mesh."""
+    dtype = float_dtype(config.dtype, "the model's dtype") if dtype is None else float_dtype(dtype)
     layout = Sharding(make_mesh(mesh), ShardingStrategy(sharding), sequence_parallel)
-    make = functools.partial(CausalLM, config, layout, dtype=jnp.dtype(dtype or config.dtype), origin=origin, scan=scan)
+    make = functools.partial(CausalLM, config, layout, dtype=dtype, origin=origin, scan=scan)
     model = layout.place(jax.eval_shape(lambda key: make(key=key), jax.random.key(0)))
     for path, axes in layout.uncut(model).items():
         log.warning("%s is not cut by %s: every device along it holds a copy.", path, " and ".join(axes))

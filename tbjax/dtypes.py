@@ -20,7 +20,7 @@ def float_dtype(dtype: Any, argument: str = "dtype") -> np.dtype:
         found = None
     if found is None or found.name not in known:
         more = "" if WIDE in known else f" (and {WIDE}, where jax_enable_x64 is on)"
-        raise ValueError(f"{argument}={dtype!r} cannot hold weights: tbjax knows {', '.join(known)}{more}.")
+        raise ValueError(f"{argument}={dtype!r} is not supported: dtype can be {', '.join(known)}{more}.")
     return found
 
 

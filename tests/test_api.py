@@ -72,6 +72,20 @@ def test_a_dtype_is_taken_on_the_way(folder):
     assert same(model, jax.tree.map(lambda array: array.astype("bfloat16"), wide))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "bool", int, "float8_e4m3fn", "float64", "foo", ""], ids=str)
+def test_a_dtype_that_cannot_hold_weights_is_refused(folder, dtype):
+    for make in (tbjax.load, tbjax.from_config):
+        with pytest.raises(ValueError, match=r"dtype=.* not supported: dtype can be float32, bfloat16, float16 .*x64"):
+            make(folder, mesh=(8, 1, 1), dtype=dtype)
+
+
+def test_double_precision_is_there_where_jax_has_it(folder):
+    with jax.enable_x64(True):
+        assert tbjax.from_config(tiny.our_config(CASE), (8, 1, 1), dtype=float).dtype == jnp.float64
+    with pytest.raises(ValueError, match="the model's dtype='float64' is not supported"):
+        tbjax.from_config({**tiny.hf_config(CASE).to_dict(), "dtype": "float64"}, (8, 1, 1))
+
+
 def test_random_weights_are_the_same_on_every_mesh_and_born_where_they_lie():
     config = tiny.hf_config(CASE).to_dict()
     models = [tbjax.from_config(config, mesh, seed=5) for mesh in ((8, 1, 1), (2, 2, 2), (1, 1, 8))]

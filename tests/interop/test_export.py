@@ -134,9 +134,17 @@ def test_a_model_can_be_written_in_another_dtype(tmp_path):
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
 
 
-def test_a_dtype_that_safetensors_lacks_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "foo", bool], ids=str)
+def test_a_dtype_that_cannot_hold_weights_is_refused(dtype, tmp_path):
+    with pytest.raises(ValueError, match=r"dtype=.* is not supported: dtype can be float32, bfloat16, float16"):
+        save(LLAMA, tmp_path / "out", dtype=dtype)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_parameter_that_safetensors_cannot_hold_is_named(tmp_path):
+    model = jax.tree.map(lambda array: array.astype("int4"), load(LLAMA))
     with pytest.raises(ValueError, match=r"weight: int4 cannot be stored in safetensors"):
-        save(LLAMA, tmp_path / "out", dtype=ml_dtypes.int4)
+        save(LLAMA, tmp_path / "out", model)
 
 
 def test_the_config_says_the_dtype_under_the_name_that_it_has():

@@ -69,5 +69,3 @@ def _shapes(kind: Hardware) -> tuple[Shape, ...]:
     for shape in sorted([*kind.shapes, *cubes], key=max):
         best.setdefault(math.prod(shape), shape)
     return tuple(best[chips] for chips in sorted(best))
-
-

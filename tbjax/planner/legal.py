@@ -89,8 +89,8 @@ class Space:
         return legal, sorted(refused.values(), key=lambda rejection: -rejection.count)
 
     def _grow(
-        self, sizes: dict[str, int], left: int, axes: Sequence[str]
-    ) -> Iterator[tuple[dict[str, int], Refusal | None]]:
+        self, sizes: dict[str, Any], left: int, axes: Sequence[str]
+    ) -> Iterator[tuple[dict[str, Any], Refusal | None]]:
         """Meshes that continue `sizes` over `left` devices: whole ones, and beginnings that are refused."""
         if not axes:
             yield sizes, None
@@ -204,7 +204,10 @@ class Space:
     def _cut_by(self) -> Mapping[str, list[tuple[str, int]]]:
         """The dimensions that each axis cuts first, with the sizes that parameters have there."""
         sizes = {
-            (dim, size) for tensor in tensors(self.config) for dim, size in zip(tensor.dims, tensor.shape, strict=True)
+            (dim, size)
+            for tensor in tensors(self.config)
+            for dim, size in zip(tensor.dims, tensor.shape, strict=True)
+            if dim is not None
         }
         return {
             axis: sorted((dim, size) for dim, size in sizes if dim != "kv_heads" and _first_axis(dim) == axis)
@@ -282,7 +285,8 @@ class Space:
             size = self.fixed.get(axis, 1)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"mesh axis {axis!r} has size {size!r}: sizes are positive integers, or -1 to choose.")
-        Layout(**{name: value for name, value in self.fixed.items() if name != "strategy"})  # raises, naming a setting
+        settings: dict[str, Any] = {name: value for name, value in self.fixed.items() if name != "strategy"}
+        Layout(**settings)  # raises, naming the one that is wrong
         if self.workload.global_batch % self.fixed.get("microbatches", 1):
             microbatches, batch = self.fixed["microbatches"], self.workload.global_batch
             raise ValueError(
@@ -362,12 +366,12 @@ def _schedules(
         and (name != "zb-v" or layers % (2 * stages) == 0)  # two chunks on each stage
     ]
     if layers % stages == 0 and microbatches % stages == 0:  # equal chunks, and microbatches in whole rounds
-        found += [("interleaved", count) for count in divisors(layers // stages)[1:]]
+        found.extend(("interleaved", count) for count in divisors(layers // stages)[1:])
     return tuple((s, c) for s, c in found if schedule in (None, s) and chunks in (None, c))
 
 
-def _first_axis(dim: str | None) -> str | None:
-    return next(iter(PARAMETER_AXES.get(dim or "", ())), None)
+def _first_axis(dim: str) -> str | None:
+    return next(iter(PARAMETER_AXES.get(dim, ())), None)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -65,7 +65,7 @@ def _restore(kind: Any, data: Any, where: str) -> Any:
         return {key: _restore(arguments[1], part, f"{where}.{key}") for key, part in data.items()}
     if kind is float:
         _expect(isinstance(data, int | float) and not isinstance(data, bool), "a number", data, where)
-        return float(data)
+        return data  # JSON writes 2.0 and 2 apart, and so do we
     _expect(type(data) is kind, f"of type {getattr(kind, '__name__', kind)}", data, where)
     return data
 

@@ -1,43 +1,48 @@
 """A plan: the best layout of a model's work on a cluster, what it costs, and why it is not another.
 
-    plan = make_plan(config, Workload(global_batch=512, seq_len=4096), cluster("h100:8x8"))
-    plan.layout, plan.memory.total, plan.time.total
+    found = plan(config, Workload(global_batch=512, seq_len=4096), cluster("h100:8x8"))
+    found.layout, found.memory.total, found.time.total
 
-`make_plan` searches; a `Plan` is what it found, and knows how to show itself, to be kept as JSON, to be checked by the
-compiler (`verify`), and to be run (`tbjax.load(..., mesh=plan)`). Where nothing fits, the plan is the closest miss: what
-is missing, and the smallest cluster of the same devices on which something would.
+`plan` searches; a `Plan` is what it found, and knows how to show itself, to be kept as JSON, to be checked by the
+compiler (`verify`), and to be run (`tbjax.load(..., mesh=plan)`). Where nothing fits, the plan is the closest miss:
+what is missing, and the smallest cluster of the same devices on which something would.
 """
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from tbjax.config import ModelConfig
-from tbjax.planner import growth, plain, words
-from tbjax.planner.cost import Time, step_time
+from tbjax.planner import cost, growth, words
+from tbjax.planner.cost import Time
 from tbjax.planner.hardware import Cluster
 from tbjax.planner.legal import Rejection, Space
 from tbjax.planner.memory import Memory, memory
-from tbjax.planner.search import Candidate, Objective, overflow, search
+from tbjax.planner.plain import plain, restore
+from tbjax.planner.search import KEPT, Candidate, Objective, anything_fits, missing
+from tbjax.planner.search import search as find
+from tbjax.planner.verify import Verification, verify
 from tbjax.planner.workload import Layout, Workload
-
-if TYPE_CHECKING:
-    from tbjax.planner.verify import Verification
 
 Search: TypeAlias = Literal["analytic", "verified"]
 
 # Raised when a reader of today would misread the files of then.
 FORMAT = 1
 
+# Columns of a printed plan where no terminal says how many it has.
+WIDTH = 120
+
+# How many of the best a verified search compiles.
+COMPILED = 3
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
     """The best layout that was found, with its price, its runners-up and the reasons against the others."""
 
-    model: str  # what the user called it
+    model: str = ""  # what the user called it
     config: ModelConfig
     workload: Workload
     cluster: Cluster
@@ -51,6 +56,7 @@ class Plan:
     missing: int = 0  # where nothing fits: bytes that each device lacks
     smallest: Cluster | None = None  # where nothing fits: the fewest of these devices on which something does
     maximum_batch: int | None = None  # inference: the most sequences that this layout can serve at once
+    verification: Verification | None = None  # the compiler's verdict, where the search asked for it
 
     @property
     def mesh(self) -> Mapping[str, int]:
@@ -60,32 +66,29 @@ class Plan:
     @property
     def tokens_per_second(self) -> float:
         """Of the whole cluster: trained on, or generated."""
-        return tokens(self.workload) / self.time.total
-
-    @property
-    def tokens_per_second_per_device(self) -> float:
-        return self.tokens_per_second / self.cluster.devices
+        return cost.tokens_per_second(self.time, self.workload)
 
     @property
     def mfu(self) -> float:
         """The share of the devices' peak that the model's own FLOPs take: recomputation does not count."""
-        return 0.0
+        return cost.mfu(self.time, self.config, self.workload, self.cluster)
 
     def explain(self) -> str:
         """The plan in sentences: what lies where, what limits it, what the others lack."""
         return "\n".join([words.verdict(self), *words.summary(self), *self._against_runner_up(), *self._if_not()])
 
-    def verify(self, compiler: str = "auto", **options: Any) -> "Verification":
-        """What the target's own compiler makes of this plan. Needs no device; `tbjax[verify]` brings the compilers."""
-        from tbjax.planner.verify import verify
+    def verify(self, compiler: str = "auto", **options: Any) -> Verification:
+        """What the target's own compiler makes of this plan. Needs no device; `tbjax[verify]` brings the compilers.
 
+        Options are those of `planner.verify.verify`: `timeout`, `depths`, `progress`.
+        """
         return verify(self.config, self.workload, self.layout, self.cluster, compiler=compiler, **options)
 
     # Keeping.
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The whole plan as JSON, also written to `path` if one is given."""
-        text = json.dumps({"format": FORMAT} | plain.plain(self), indent=2)
+        text = json.dumps({"format": FORMAT} | plain(self), indent=2)
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
@@ -93,8 +96,9 @@ class Plan:
     @classmethod
     def from_json(cls, source: str | Path) -> "Plan":
         """The plan that `to_json` wrote: its text, or the path of the file."""
-        is_text = isinstance(source, str) and source.lstrip().startswith("{")
-        text, where = (source, "the plan") if is_text else (Path(source).read_text(encoding="utf-8"), str(source))
+        text, where = str(source), "the plan"
+        if isinstance(source, Path) or not text.lstrip().startswith("{"):
+            text, where = Path(source).read_text(encoding="utf-8"), str(source)
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
@@ -102,20 +106,20 @@ class Plan:
         found = data.pop("format", None) if isinstance(data, dict) else None
         if found != FORMAT:
             raise ValueError(f"{where}: format {found!r} is not {FORMAT}: it needs the release of tbjax that wrote it.")
-        return plain.restore(cls, data, where)
+        return restore(cls, data, where)
 
-    def to_html(self, path: str | Path, verification: "Verification | None" = None) -> None:
-        """One file with everything in it: pictures, tables, and what the compiler said if that is given."""
+    def to_html(self, path: str | Path, verification: Verification | None = None) -> None:
+        """One file with everything in it: pictures, tables, and what the compiler said if it was asked."""
         from tbjax.planner.page import page
 
-        Path(path).write_text(page(self, verification), encoding="utf-8")
+        Path(path).write_text(page(self, verification or self.verification), encoding="utf-8")
 
     # Showing.
 
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=_WIDTH, force_terminal=False, color_system=None)
+        console = Console(width=WIDTH, force_terminal=False, color_system=None)
         with console.capture() as captured:
             console.print(self)
         return captured.get().rstrip("\n")
@@ -130,7 +134,7 @@ class Plan:
 
         return fragment(self)
 
-    # A plan is a value, but a large one: equality looks at identity first, and its hash at what it was asked.
+    # A plan is a value, and its hash is that of what was asked: its prices are mappings, which have none.
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Plan) and self.to_json() == other.to_json())
@@ -151,6 +155,131 @@ class Plan:
     def _if_not(self) -> list[str]:
         if self.fits:
             return []
-        where = f"The smallest {self.cluster.hardware.title} cluster that would do is {self.smallest}"
-        would = f"{where}, {self.smallest.devices} devices." if self.smallest else "No larger cluster of them would do."
-        return [f"Every legal layout needs at least {words.gib(self.missing)} more. {would}"]
+        title = self.cluster.hardware.title
+        would = (
+            f"The fewest {title} that would do are {self.smallest.devices:,}: {self.smallest}."
+            if self.smallest
+            else f"No number of {title} up to {growth.MOST_DEVICES:,} would do, with this batch."
+        )
+        return [f"Nothing fits: the layout that misses least needs {words.gib(self.missing)} more. {would}"]
+
+
+def plan(
+    config: ModelConfig,
+    workload: Workload,
+    cluster: Cluster,
+    *,
+    fixed: Mapping[str, Any] | None = None,
+    objective: Objective = "throughput",
+    search: Search = "analytic",
+    model: str = "",
+) -> Plan:
+    """The best layout of `workload` on `cluster`.
+
+    `fixed` holds what is not to be chosen: sizes of mesh axes and other fields of `Layout`, by name. Offloading is the
+    last resort, for work that does not fit otherwise, unless `fixed` says "any": then it is chosen wherever it is
+    quicker on paper, where a host's memory and its links are never busy with anything else. A "verified" search
+    compiles the best few that it found, and believes the compiler about what fits.
+    """
+    if search not in get_args(Search):
+        raise ValueError(f"search={search!r} is unknown: tbjax knows {', '.join(map(repr, get_args(Search)))}.")
+    fixed = {name: value for name, value in (fixed or {}).items() if value is not None}
+    offload = fixed.pop("offload", None)
+    space = Space(config, workload, cluster, fixed if offload in (None, "any") else {**fixed, "offload": offload})
+    if offload is None and workload.training:
+        found = find(dataclasses.replace(space, fixed={**fixed, "offload": ()}), objective, keep=1 + KEPT)
+        found = found if found.fits else find(space, objective, keep=1 + KEPT)
+    else:
+        found = find(space, objective, keep=1 + KEPT)
+    best, *others = found.best
+    about = {
+        "model": model,
+        "config": config,
+        "workload": workload,
+        "cluster": cluster,
+        "objective": objective,
+        "layout": best.layout,
+        "memory": best.memory,
+        "time": best.time,
+        "candidates": tuple(others),
+        "rejected": found.rejected,
+    }
+    if not found.fits:
+        lacking = best.memory.total - cluster.hardware.usable
+        return Plan(**about, fits=False, missing=lacking, smallest=smallest_cluster(space))
+    batch = None if workload.training else maximum_batch(space, best.layout)
+    made = Plan(**about, fits=True, maximum_batch=batch)
+    return verified(made) if search == "verified" else made
+
+
+def smallest_cluster(space: Space) -> Cluster | None:
+    """The fewest devices, of the same kind and more than there are, on which something fits; None where none do."""
+    for cluster in growth.larger(space.cluster):
+        try:
+            larger = dataclasses.replace(space, cluster=cluster)
+        except ValueError:  # what the user fixed does not divide so many devices
+            continue
+        if anything_fits(larger):
+            return cluster
+    return None
+
+
+def maximum_batch(space: Space, layout: Layout) -> int:
+    """The most sequences that `layout` can serve at once: what it holds grows with each, so halving finds it."""
+    step = layout.batch_ways * layout.microbatches
+
+    def fits(batches: int) -> bool:
+        workload = dataclasses.replace(space.workload, global_batch=batches * step)
+        return not missing(space, memory(space.config, workload, layout, space.cluster.hardware))
+
+    most = 1
+    while fits(2 * most):
+        most *= 2
+    low, high = most, 2 * most  # low fits, high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * step
+
+
+def verified(plan: Plan) -> Plan:
+    """The plan as the compiler sees it, who looks at the best few until enough of them fit.
+
+    What it says does not fit is rejected. The others are ranked by its own estimate of cycles where it gives one (TPU),
+    by the bytes that it counted where memory is the objective, and otherwise as they were.
+    """
+    contenders = [Candidate(layout=plan.layout, memory=plan.memory, time=plan.time), *plan.candidates]
+    compiled: list[tuple[Candidate, Verification]] = []
+    for candidate in contenders:
+        if len(compiled) >= COMPILED and any(said.fits for _, said in compiled):
+            break
+        compiled.append((candidate, verify(plan.config, plan.workload, candidate.layout, plan.cluster)))
+    fitting = [(candidate, said) for candidate, said in compiled if said.fits]
+    if not fitting:
+        # The compiler's closest miss; what is left of the plan stands.
+        fitting = [max(compiled, key=lambda pair: pair[1].margin)]
+    if plan.objective == "memory":
+        fitting.sort(key=lambda pair: pair[1].compiled.total)
+    elif plan.workload.training and all(said.cycles for _, said in fitting):
+        fitting.sort(key=lambda pair: pair[1].cycles)
+    (best, said), *others = fitting
+    refused = [
+        Rejection(
+            reason=f"the compiler needs {words.gib(-said.margin)} more than a device has",
+            count=1,
+            example=candidate.layout.mesh,
+        )
+        for candidate, said in compiled
+        if not said.fits and candidate is not best
+    ]
+    return dataclasses.replace(
+        plan,
+        layout=best.layout,
+        memory=best.memory,
+        time=best.time,
+        verification=said,
+        fits=said.fits,
+        missing=max(-said.margin, 0),
+        candidates=(*(candidate for candidate, _ in others), *contenders[len(compiled) :]),
+        rejected=(*refused, *plan.rejected),
+    )

@@ -84,13 +84,16 @@ def check_objective(objective: str) -> None:
 
 
 def missing(space: Space, held: Memory) -> int:
-    """Bytes that the device and the host lack, each device's share; zero where the layout fits."""
-    hardware = space.cluster.hardware
-    return max(held.total - hardware.usable, 0) + max(held.host - hardware.host_memory_per_device, 0)
+    """Bytes that the device and the host lack, for each device; zero where the layout fits."""
+    return max(held.total - space.cluster.hardware.usable, 0) + missing_on_host(space, held)
+
+
+def missing_on_host(space: Space, held: Memory) -> int:
+    return max(held.host - space.cluster.hardware.host_memory_per_device, 0)
 
 
 class _Node(NamedTuple):
-    """A beginning of a layout: what is settled of it, and what of the rest is open. They are continued in this order."""
+    """A beginning of a layout: what is settled, and what is open of the rest. They are continued in this order."""
 
     bound: float
     order: int
@@ -101,7 +104,10 @@ class _Node(NamedTuple):
 
 
 class _Descent:
-    """One run of the search. `distinct` says whether a mesh is shown once, `bounded` whether a layout must fit."""
+    """One run of the search.
+
+    `distinct` says whether a mesh is shown once, `bounded` whether the device must hold the layout; the host must.
+    """
 
     def __init__(self, space: Space, objective: Objective, *, distinct: bool, bounded: bool = True) -> None:
         self.space = space
@@ -124,7 +130,7 @@ class _Descent:
                 continue
             if node.time:
                 held = self._memory(node.layout)
-                if self._fits(node.layout, missing(self.space, held)):
+                if self._fits(node.layout, (missing if self.bounded else missing_on_host)(self.space, held)):
                     best[key] = Candidate(layout=node.layout, memory=held, time=node.time)
                     continue
             for child in self._continue(node):
@@ -158,7 +164,8 @@ class _Descent:
             yield self._begun(layout, remats, counts[:cut])
             yield self._begun(layout, remats, counts[cut:])
         elif self._may_fit(node):
-            yield from self._schedule(_varied(layout, remat=remats[0], microbatches=counts[0]))
+            for remat, count in zip(remats, counts, strict=True):  # one of each is left
+                yield from self._schedule(_varied(layout, remat=remat, microbatches=count))
 
     def _schedule(self, begun: Layout) -> Iterator[_Node]:
         offloads = self.space.offloads() if self.saving else self.space.offloads()[:1]
@@ -212,7 +219,7 @@ class _Descent:
 
     def _fits(self, layout: Layout, lacking: int) -> bool:
         """Whether nothing is lacking. Remembers the least that each mesh lacked."""
-        if lacking <= 0 or not self.bounded:
+        if lacking <= 0:
             return True
         sizes = _sizes(layout)
         if sizes not in self.short or lacking < self.short[sizes][0]:
@@ -257,8 +264,9 @@ class _Descent:
             room = f"{gib(hardware.host_memory_per_device)} of the host's memory that a device may take"
             return f"needs {gib(lacking)} more than the {room}"
         device = f"{gib(hardware.memory)} device, {gib(hardware.usable)} of it usable, can hold"
-        saved = ", however much is recomputed and offloaded" if len(self.space.remats()) > 1 else ""
-        return f"needs {gib(lacking)} more than the {device}{saved}"
+        means = [("recomputed", self.space.remats()), ("offloaded", self.space.offloads())]
+        used = " and ".join(word for word, choices in means if len(choices) > 1)
+        return f"needs {gib(lacking)} more than the {device}" + (f", however much is {used}" if used else "")
 
     def _beaten(self, node: _Node, best: Candidate) -> tuple[str, float, str]:
         """The rule, the distance and the words for a mesh that may fit and is worse."""

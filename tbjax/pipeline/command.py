@@ -101,13 +101,20 @@ def pipeline(
         if svg is not None:
             svg.write_text(picture.svg(timeline), encoding="utf-8")
         if as_json:
-            typer.echo(json.dumps(_figures(timeline)))
+            typer.echo(json.dumps(_figures(timeline) | {"wraps": wraps.value}))
             return
         console = Console(highlight=False)
         console.print(picture.headline(timeline), soft_wrap=True)
         console.print(picture.coloured(timeline, width=console.width))
         peaks = ", ".join(f"{peak:.4g}" for peak in timeline.peak_activations)
         console.print(f"activations held, by stage: {peaks}", soft_wrap=True)
+        if schedule is ScheduleName.INTERLEAVED and wraps is WrapsName.FIRST:
+            strict = simulate(chosen, stages, microbatches, times, wraps="all")
+            console.print(
+                f"with every microbatch waiting on the way from the last stage to the first (--wraps all): "
+                f"total {strict.total:.6g}, bubble {strict.bubble_rate:.2%}",
+                soft_wrap=True,
+            )
         if svg is not None:
             console.print(f"wrote {svg}", markup=False, soft_wrap=True)
 

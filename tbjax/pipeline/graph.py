@@ -37,7 +37,7 @@ class Graph:
     sender: tuple[int, ...]
 
 
-@functools.lru_cache(maxsize=64)  # a graph of 16 stages and 512 microbatches takes a few megabytes
+@functools.lru_cache(maxsize=16)  # a graph of 64 stages and 512 microbatches takes some fifty megabytes
 def resolve(schedule: Schedule, stages: int, microbatches: int) -> Graph:
     """The checked graph of `schedule`. Raises ScheduleError where it cannot run, or holds more than it says."""
     orders = tuple(map(tuple, schedule.tasks(stages, microbatches)))

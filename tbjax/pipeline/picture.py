@@ -4,8 +4,8 @@ One row for each stage, time from left to right, a box for each task with the nu
 room for it. Even chunks are drawn darker than odd ones; in text, odd chunks have small letters.
 
 The SVG needs nothing but itself. Its own text takes the colour of the page around it (`currentColor`), and the boxes'
-colours are CSS variables (`--forward`, `--backward`, ...) that a page may set; their defaults are light enough for dark
-numbers in bright and in dark surroundings. It says in words what it shows, for those who do not see it.
+colours are CSS variables (`--pipeline-forward` and the like) that a page may set; their defaults are light enough for
+dark numbers in bright and in dark surroundings. It says in words what it shows, for those who do not see it.
 """
 
 from collections.abc import Iterator
@@ -74,7 +74,7 @@ def describe(timeline: Timeline) -> str:
 def _style() -> str:
     """Scoped to the class, since a style in an inline SVG applies to the whole page."""
     fills = "".join(
-        f".pipeline-timeline .{name}{odd}{{fill:var(--{name}{'-odd' * odd},{colour})}}"
+        f".pipeline-timeline .{name}{odd}{{fill:var(--pipeline-{name}{'-odd' * odd},{colour})}}"
         for name, *colours in _COLOURS.values()
         for odd, colour in enumerate(colours)
     )
@@ -84,7 +84,8 @@ def _style() -> str:
         ".pipeline-timeline text{font:12px system-ui,sans-serif;fill:currentColor}"
         ".pipeline-timeline .heading{font-weight:600}"
         ".pipeline-timeline .idle{fill:currentColor;fill-opacity:.08}"
-        ".pipeline-timeline .number{font-size:10px;text-anchor:middle;fill:var(--number,#10202e);pointer-events:none}"
+        ".pipeline-timeline .number{font-size:10px;text-anchor:middle;pointer-events:none;"
+        "fill:var(--pipeline-number,#10202e)}"
         f"{fills}"
     )
 

@@ -18,6 +18,7 @@ that is built on schedules checks it first (`graph.resolve`) and then treats it 
 import abc
 import dataclasses
 import enum
+import functools
 from collections import deque
 from typing import NamedTuple
 
@@ -240,6 +241,7 @@ NAMED: dict[str, type[Schedule]] = {
 }
 
 
+@functools.lru_cache(maxsize=256)
 def named(name: str, chunks: int | None = None) -> Schedule:
     """The schedule called `name`; `chunks` is for the interleaved one alone."""
     if name not in NAMED:

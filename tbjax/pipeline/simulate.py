@@ -96,7 +96,7 @@ class Timeline:
         )
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)
 def simulate(
     schedule: Schedule,
     stages: int,

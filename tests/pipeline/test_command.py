@@ -35,6 +35,7 @@ def test_json_has_the_figures():
         "makespan": timeline.makespan,
         "bubble_rate": timeline.bubble_rate,
         "peak_activations": [8.0] * 8,
+        "wraps": "first",
     }
 
 
@@ -55,6 +56,8 @@ def test_interleaved_is_as_published_unless_asked_otherwise():
     asked = ("--schedule", "interleaved", "--chunks", 4, "--stages", 8, "--microbatches", 24, *measured)
     published, strict = figures(*asked), figures(*asked, "--wraps", "all")
     assert round(published["bubble_rate"], 4) == 0.0808
+    assert (published["wraps"], strict["wraps"]) == ("first", "all")
+    assert f"(--wraps all): total {strict['total']:.6g}, bubble {strict['bubble_rate']:.2%}" in run(*asked).output
     assert strict["total"] - published["total"] == pytest.approx(8 * 0.527)
 
 

@@ -69,7 +69,7 @@ def test_the_svg_needs_nothing_else_and_says_what_it_shows():
     assert "http" not in picture.replace("http://www.w3.org/2000/svg", "")
     assert "<script" not in picture
     assert "currentColor" in picture
-    assert "var(--forward," in picture
+    assert "var(--pipeline-forward," in picture
     root = ElementTree.fromstring(picture)
     assert root.get("role") == "img"
     assert root.get("aria-label") == describe(simulate(ZBV(), 3, 6, UNIT))

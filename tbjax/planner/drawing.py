@@ -73,11 +73,13 @@ def rows(layout: Layout, cluster: Cluster) -> list[Row]:
     per_stage = boxes // stages
     drawn_stages = _ends(stages, 4 if per_stage > 1 else MOST_BOXES)
     most = max(2, MOST_BOXES // len(drawn_stages))
+    group_numbers: dict[int, int] = {}  # in the order of drawing, so that neighbours on paper differ too
     result = []
     for stage in drawn_stages:
         chosen = [stage * per_stage + index for index in _ends(per_stage, most)]
         title = f"Stage {words.count(stage)} of {layout.pp}" if stages > 1 else ""
-        drawn = tuple(_box(number, per_box, layout, cluster, said="pp" if title else "") for number in chosen)
+        said = "pp" if title else ""
+        drawn = tuple(_box(number, per_box, layout, cluster, said, group_numbers) for number in chosen)
         result.append(Row(title, drawn, per_stage - len(chosen)))
     return result
 
@@ -87,7 +89,7 @@ def _ends(number: int, most: int) -> list[int]:
     return list(range(number)) if number <= most else [*range(most - 1), number - 1]
 
 
-def _box(number: int, per_box: int, layout: Layout, cluster: Cluster, said: str) -> Box:
+def _box(number: int, per_box: int, layout: Layout, cluster: Cluster, said: str, group_numbers: dict[int, int]) -> Box:
     """One box; `said` is the axis that its row names already."""
     sizes = layout.mesh
     places = [floor.coordinates(number * per_box + index, sizes) for index in range(min(per_box, layout.devices))]
@@ -95,11 +97,12 @@ def _box(number: int, per_box: int, layout: Layout, cluster: Cluster, said: str)
     shared = ", ".join(f"{axis} {places[0][axis]}" for axis in AXES if sizes[axis] > 1 and axis not in (*varying, said))
     name = "Node" if per_box <= cluster.devices_per_host else "Domain"
     title = f"{name} {words.count(number)}"
-    group = min(sizes[grouped_axis(layout)], len(places))
+    size = sizes[grouped_axis(layout)]
+    groups = [(number * per_box + index) // size for index in range(len(places))]
     picture = _grid(
-        [[f"{axis} {place[axis]}" for axis in varying[:3]] or ["0"] for place in places],
-        [(number * per_box + index) // sizes[grouped_axis(layout)] for index in range(len(places))],
-        _columns(len(places), group),
+        [[f"{axis} {place[axis]}" for axis in varying] or ["0"] for place in places],
+        [group_numbers.setdefault(group, len(group_numbers)) for group in groups],
+        _columns(len(places), min(size, len(places))),
         f"{title}: {len(places)} {words.device(cluster, len(places))}, {_spoken(places, varying)}"
         + (f"; all have {shared}" if shared else ""),
     )

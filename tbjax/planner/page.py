@@ -12,11 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from tbjax.pipeline.picture import svg
-from tbjax.pipeline.schedule import named
-from tbjax.pipeline.simulate import Times, simulate
 from tbjax.planner import compared, drawing, floor, words
 from tbjax.planner.markup import Child, Markup, element
-from tbjax.planner.workload import Layout
+from tbjax.planner.timeline import timeline
 
 if TYPE_CHECKING:
     from tbjax.planner.plan import Plan
@@ -31,9 +29,6 @@ LEGIBLE_SHARE = 0.05
 
 # Runners-up drawn beside the plan.
 RUNNERS_UP = 5
-
-# Tasks of a pipeline that can be told apart in its picture.
-LEGIBLE_TASKS = 1500
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -238,36 +233,18 @@ def _time(plan: "Plan") -> Markup:
 
 
 def _timeline(plan: "Plan") -> Markup | None:
-    layout = plan.layout
-    if layout.pp == 1 or not plan.workload.training:
+    pipeline = timeline(plan)
+    if pipeline is None:
         return None
-    drawn = _drawn_microbatches(layout)
-    timeline = simulate(named(layout.schedule, layout.chunks), layout.pp, drawn, _pass_times(plan))
-    notes = [
-        "Seconds as predicted, shared out to the passes by their FLOPs: one part forward, one for the gradient of "
-        "the input (with what is recomputed one more), one for the gradient of the weights."
-    ]
-    if drawn < layout.microbatches:
-        notes.insert(0, f"Drawn with {drawn} of the {words.count(layout.microbatches)} microbatches.")
+    notes = ["In seconds, without the time of transfers."]
+    if pipeline.microbatches < plan.layout.microbatches:
+        fewer = f"Drawn with {pipeline.microbatches} of the {words.count(plan.layout.microbatches)} microbatches"
+        notes.insert(0, f"{fewer}: of the whole step the idle part is smaller.")
     return _section(
         "The pipeline",
-        element("div", Markup(svg(timeline)), class_="scroll timeline", tabindex=0),
+        element("div", Markup(svg(pipeline)), class_="scroll timeline", tabindex=0),
         _note(" ".join(notes)),
     )
-
-
-def _drawn_microbatches(layout: Layout) -> int:
-    """As many microbatches as can be told apart; the interleaved schedule takes them in groups of a stage each."""
-    tasks = 3 * layout.pp * layout.chunks
-    return min(layout.microbatches, max(2, LEGIBLE_TASKS // tasks // layout.pp) * layout.pp)
-
-
-def _pass_times(plan: "Plan") -> Times:
-    """What one microbatch takes on one stage. Recomputing everything makes the backward pass a forward longer."""
-    outside = sum(plan.time.parts.get(part, 0.0) for part in ("bubble", "data", "optimizer"))
-    parts = 4 if plan.layout.remat == "full" else 3
-    unit = (plan.time.total - outside) / plan.layout.microbatches / parts
-    return Times(forward=unit, backward_input=(parts - 2) * unit, backward_weight=unit)
 
 
 def _verified(plan: "Plan", verification: "Verification | None") -> Markup | None:
@@ -293,7 +270,7 @@ def _rejected(plan: "Plan") -> Markup | None:
     if not plan.rejected:
         return None
     rows = [
-        (rejection.reason, words.count(rejection.count), words.spelled_sizes(rejection.example))
+        (rejection.reason, words.count(rejection.count), _unbroken(words.spelled_sizes(rejection.example)))
         for rejection in plan.rejected
     ]
     total = sum(rejection.count for rejection in plan.rejected)

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from tbjax.planner.verify import Verification
 
 # Two tables side by side need so many columns.
-WIDE = 104
+WIDE = 118
 
 # Characters of the longest bar.
-BAR = 18
+BAR = 12
 
 
 def report(plan: "Plan") -> RenderableType:
@@ -160,7 +160,10 @@ def _table(
     for name in head:
         number = name.startswith("#")
         table.add_column(
-            Text(name.lstrip("#")), justify="right" if number else "left", no_wrap=number, header_style="dim"
+            Text(name.lstrip("#")),
+            justify="right" if number else "left",
+            no_wrap=number or not name,  # a number, a name or a bar in two lines is none
+            header_style="dim",
         )
     for row in rows:
         table.add_row(*map(Text, row))

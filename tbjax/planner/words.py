@@ -297,9 +297,8 @@ def lies(axis: str, layout: Layout, cluster: Cluster) -> str:
     if cluster.topology:
         sizes = {name: size for name, size in floor.dimensions(cluster).items() if name not in ("slice", "core")}
         folded = floor.fold(layout.mesh, cluster)[axis]
-        along = [
-            name if folded[name] == size else f"part of {name}" for name, size in sizes.items() if folded[name] > 1
-        ]
+        whole = [name for name, size in sizes.items() if folded[name] == size > 1]
+        along = whole + [f"part of {name}" for name, size in sizes.items() if 1 < folded[name] < size]
         places = [f"along {_listed(along)} of the torus"] if along else []
         places += ["over the two devices of a chip"] if folded["core"] > 1 else []
         return _both(inside, across, " and ".join(places), "slices")

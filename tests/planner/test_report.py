@@ -10,7 +10,7 @@ from tbjax.planner import compared, words
 from tbjax.planner.report import report, verified
 from tests.planner import plans
 
-WIDTHS = (80, 140)
+WIDTHS = (80, 117, 120, 140)
 
 
 def shown(renderable, width: int) -> str:

@@ -81,6 +81,7 @@ def test_a_part_of_time_is_not_mistaken_for_a_part_of_memory():
         ("gb200:36x4", Layout(fsdp=2, tp=72), "fsdp", "across domains"),
         ("v5p:4x4x4", Layout(fsdp=16, tp=4), "fsdp", "along y and z of the torus"),
         ("v5p:4x4x4", Layout(fsdp=32, tp=2), "tp", "along part of x of the torus"),
+        ("v5p:4x4x4", Layout(fsdp=32, tp=2), "fsdp", "along y, z and part of x of the torus"),
         ("v5p:2*4x4x4", Layout(dp=2, fsdp=64), "dp", "across slices"),
         ("v5p:2*4x4x4", Layout(fsdp=128), "fsdp", "64 along x, y and z of the torus, 2 ways across slices"),
         ("tpu7x:4x4x4", Layout(fsdp=64, tp=2), "tp", "over the two devices of a chip"),

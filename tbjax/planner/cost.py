@@ -5,7 +5,7 @@ at a fraction of the memory's bandwidth; each kernel costs a moment, and where t
 be the host that everyone waits for. Collectives are priced where their axis lies (`network`), and what a scheduler can
 hide behind arithmetic is taken off. A pipeline adds its bubble in closed form.
 
-    a product      FLOPs / (peak x fraction) x (1 + half/rows + half/columns + half/inner), at least its bytes
+    a product      FLOPs / (peak x fraction) x (1 + half/(half + rows) + half/columns + half/inner), at least its bytes
     a pass         products + bytes / bandwidth + kernels x gap, at least kernels x host
     a microbatch   passes and collectives of the layers, and of the head, on the slowest stage
     a step         microbatches x microbatch + bubble + what is left of the gradients' sum + optimizer
@@ -15,9 +15,13 @@ The pieces stand in `prices`; here they are added up.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 from tbjax.config import ModelConfig
+from tbjax.pipeline import schedule as schedules
+from tbjax.pipeline.price import price
+from tbjax.pipeline.simulate import Times
 from tbjax.planner.hardware import Cluster
 from tbjax.planner.prices import Prices, peak, prices
 from tbjax.planner.stack import XLA, Stack
@@ -55,22 +59,42 @@ def mfu(time: Time, config: ModelConfig, workload: Workload, cluster: Cluster, *
     return flops / time.total / (cluster.devices * peak(cluster, workload))
 
 
-def bubble_share(schedule: Schedule, chunks: int, forwards: float, inputs: float, weights: float) -> float:
+def bubble_share(layout: Layout, forwards: float, inputs: float, weights: float) -> float:
     """What a pipeline's fill and drain cost, as a share of (stages - 1) microbatches on one stage.
 
     `forwards`, `inputs` and `weights` are the seconds of a microbatch's forward pass, of the gradient of its input
-    (with what is recomputed for it) and of the gradient of its weights. Closed forms of Qi et al. 2024.
+    (with what is recomputed for it) and of the gradient of its weights. Closed forms of Qi et al. 2024, where there are
+    microbatches enough to fill a zero-bubble pipeline; the simulator's answer where there are not.
     """
-    whole = forwards + inputs + weights
+    schedule, whole = layout.schedule, forwards + inputs + weights
     if schedule == "interleaved":
-        return 1 / chunks
+        return 1 / layout.chunks
+    if schedule not in _ZERO_BUBBLE:
+        return 1.0
+    if layout.microbatches < 2 * layout.pp - 1:
+        # To the thousandth, so that a search does not simulate a pipeline for every layout.
+        return _unfilled(schedule, layout.pp, layout.microbatches, round(forwards / whole, 3), round(inputs / whole, 3))
     if schedule == "zb-h1":
         return max(forwards + inputs - weights, 0.0) / whole
     if schedule == "zb-h2":
         return max(forwards + inputs - 2 * weights, 0.0) / whole
-    if schedule == "zb-v":  # nothing where the three are alike; what sets them apart is left
-        return (max(forwards, inputs, weights) - min(forwards, inputs, weights)) / whole
-    return 1.0
+    # Nothing where the three are alike; what sets them apart is left.
+    return (max(forwards, inputs, weights) - min(forwards, inputs, weights)) / whole
+
+
+_ZERO_BUBBLE: Mapping[Schedule, schedules.Schedule] = {
+    "zb-h1": schedules.ZBH1(),
+    "zb-h2": schedules.ZBH2(),
+    "zb-v": schedules.ZBV(),
+}
+
+
+@functools.lru_cache(maxsize=4096)
+def _unfilled(schedule: Schedule, stages: int, microbatches: int, forwards: float, inputs: float) -> float:
+    """The bubble of a zero-bubble schedule with few microbatches, in the units of `bubble_share`."""
+    times = Times(forward=forwards, backward_input=inputs, backward_weight=1 - forwards - inputs)
+    priced = price(_ZERO_BUBBLE[schedule], stages, microbatches, times)
+    return (priced.total - microbatches) / (stages - 1)
 
 
 def _step(priced: Prices, layout: Layout) -> tuple[dict[str, float]]:
@@ -100,7 +124,7 @@ def _step(priced: Prices, layout: Layout) -> tuple[dict[str, float]]:
     stage = layers * (work.seconds + tensor + talk.expert + context + fetched + offloaded)
     bubble = 0.0
     if pp > 1:
-        share = bubble_share(layout.schedule, layout.chunks, work.forwards, work.inputs, work.weights)
+        share = bubble_share(layout, work.forwards, work.inputs, work.weights)
         hop = priced.group(layout.devices // pp, pp).send(priced.stream(rows, sequence, cp) / (tp if parallel else 1))
         bubble = (pp - 1) * (share * (stage + accumulated) + 2 * layout.chunks * hop)
     # The gradients of the last microbatch are summed while those of earlier layers are computed.

@@ -140,8 +140,10 @@ class Prices:
         return max(self._computed(matmul), copies * moved * self.size / self.bandwidth)
 
     def _computed(self, matmul: Matmul) -> float:
+        """Seconds of a product's arithmetic: its edges, where the units run half empty, are so many elements wide."""
         half = self.stack.matmul_half
-        edges = half / matmul.rows + half / matmul.columns + half / matmul.inner
+        # Few rows, as in decoding, are no such edge: what they cost is the reading of the weights.
+        edges = half / (half + matmul.rows) + half / matmul.columns + half / matmul.inner
         return matmul.flops / self.flops * (1 + edges)
 
     def _pass(self, work: Work, weight_bytes: float) -> tuple[float, float, float, float]:

@@ -24,7 +24,7 @@ class Stack:
 
     # Of every program. Fitted.
     matmul_fraction: float  # of peak FLOP/s, that a very large product reaches
-    matmul_half: float  # a dimension of this many elements makes a product take twice the time of its FLOPs
+    matmul_half: float  # elements of columns or inner dimension at which a product takes twice the time of its FLOPs
     memory_fraction: float  # of memory bandwidth, that memory-bound kernels reach
     link_fraction: float  # of the fast domain's bandwidth, that large collectives reach
     network_fraction: float  # of the network's
@@ -48,13 +48,13 @@ def sustained(hardware: Hardware) -> float:
 # Megatron-LM and Megatron-DeepSpeed before flash attention: eager kernels, collectives that nothing hides.
 MEGATRON_2021 = Stack(
     matmul_fraction=0.81,
-    matmul_half=140,
+    matmul_half=143,
     memory_fraction=0.76,
     link_fraction=0.81,
     network_fraction=0.81,
-    collective_start=34e-6,
-    kernel_gap=8.3e-6,
-    host_per_kernel=51e-6,
+    collective_start=34.5e-6,
+    kernel_gap=8.2e-6,
+    host_per_kernel=50.5e-6,
     attention="materialised",
     overlap=0.0,
     # Its cross entropy over a cut vocabulary: logits to float32 (2 + 4), their maximum (4), subtracted (8),

@@ -6,6 +6,7 @@ The DevTools protocol over `--remote-debugging-pipe` is JSON messages that end i
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -19,6 +20,9 @@ NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome"
 
 # A page of a few hundred kilobytes takes a second to lay out on a busy machine; this is for a browser that hangs.
 PATIENCE_SECONDS = 120
+
+# Descriptors from here on are nobody's by convention.
+HIGH = 10
 
 
 def find() -> str | None:
@@ -36,6 +40,9 @@ class Browser:
         self._sent = 0
         self._session: str | None = None
         self.complaints: list[str] = []
+
+    def attach(self) -> None:
+        """Open the tab and ask to be told what goes on in it."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -84,6 +91,17 @@ class Browser:
         image = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, **clip)["data"]
         path.write_bytes(base64.b64decode(image))
 
+    def close(self) -> None:
+        """End the browser, its children with it; by force if it does not answer."""
+        self._session = None
+        with contextlib.suppress(OSError, RuntimeError, TimeoutError):
+            self.call("Browser.close")
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
     def _receive(self, deadline: float) -> dict[str, Any]:
         while b"\0" not in self._buffer:
             if time.monotonic() > deadline:
@@ -117,7 +135,8 @@ def browser(profile: Path) -> Iterator[Browser]:
     read_commands, write_commands = os.pipe()
     read_answers, write_answers = os.pipe()
     # The browser wants them at 3 and 4. Moved high first, so that neither lands on the other.
-    high_commands, high_answers = 101, 102
+    high_commands = fcntl.fcntl(read_commands, fcntl.F_DUPFD, HIGH)
+    high_answers = fcntl.fcntl(write_answers, fcntl.F_DUPFD, HIGH)
 
     command = [
         executable,
@@ -133,8 +152,6 @@ def browser(profile: Path) -> Iterator[Browser]:
     ]
     # A shell places the descriptors: Popen can only inherit them as they are numbered.
     script = f'exec "$@" 3<&{high_commands} 4>&{high_answers} {high_commands}<&- {high_answers}>&-'
-    os.dup2(read_commands, high_commands)
-    os.dup2(write_answers, high_answers)
     process = subprocess.Popen(
         ["bash", "-c", script, "bash", *command],
         pass_fds=(high_commands, high_answers),
@@ -144,14 +161,11 @@ def browser(profile: Path) -> Iterator[Browser]:
     )
     for descriptor in (read_commands, write_answers, high_commands, high_answers):
         os.close(descriptor)
+    running = Browser(process, write_commands, read_answers)
     try:
-        yield Browser(process, write_commands, read_answers)
+        running.attach()
+        yield running
     finally:
-        process.terminate()
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        running.close()
         os.close(write_commands)
         os.close(read_answers)

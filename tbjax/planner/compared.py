@@ -55,7 +55,8 @@ def memory(plan: "Plan", verification: "Verification") -> list[tuple[str, str, s
 
 def difference(predicted: float, compiled: float) -> str:
     """By how much the prediction is too high (+) or too low (-)."""
-    return f"{100 * (predicted - compiled) / compiled:+.1f} %" if compiled else "-"
+    # Rounded first, and without a sign of its own, so that nothing reads as -0.0.
+    return f"{round(100 * (predicted - compiled) / compiled, 1) + 0.0:+.1f} %" if compiled else "-"
 
 
 def kinds(program: "Program") -> list[tuple[str, str]]:

@@ -119,7 +119,8 @@ def _nodes(plan: "Plan") -> Markup:
     layout, cluster = plan.layout, plan.cluster
     axis = drawing.grouped_axis(layout)
     parts: list[Child] = []
-    for row in drawing.rows(layout, cluster):
+    rows = drawing.rows(layout, cluster)
+    for row in rows:
         boxes = [
             element(
                 "figure",
@@ -132,8 +133,10 @@ def _nodes(plan: "Plan") -> Markup:
             more = element("p", f"and {words.count(row.hidden)} more between", class_="note more")
             boxes.insert(-1, more)
         parts.append([element("h3", row.title) if row.title else None, element("div", boxes, class_="boxes")])
-    note = f"One frame, in one colour: a group of {layout.mesh[axis]} along {axis}." if layout.devices > 1 else None
-    return element("div", parts, _note(note) if note else None, class_="drawing")
+    notes = [f"One frame, in one colour: a group of {layout.mesh[axis]} along {axis}."] if layout.devices > 1 else []
+    if 1 < len(rows) < layout.pp:
+        notes.append(f"The {layout.pp - len(rows)} stages that are not drawn are like these.")
+    return element("div", parts, _note(" ".join(notes)) if notes else None, class_="drawing")
 
 
 def _torus(plan: "Plan") -> Markup:

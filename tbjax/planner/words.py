@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from tbjax.planner.plan import Plan
     from tbjax.planner.search import Candidate
 
-GIB = 2**30
 TIMES = " \N{MULTIPLICATION SIGN} "
 
 # Names that are not merely a word with its first letter raised.
@@ -56,13 +55,11 @@ _REMAT = {
 
 
 def gib(count: float) -> str:
-    """Bytes as GiB, in as many digits as mean something."""
-    size = count / GIB
-    if size >= 99.95:
-        return f"{size:,.0f} GiB"
-    if size >= 0.095 or not count:
-        return f"{size:.1f} GiB"
-    return f"{count / 2**20:.1f} MiB" if count >= 2**20 / 10 else f"{count / 2**10:.1f} KiB"
+    """Bytes as GiB, or in a smaller unit where they are less than one."""
+    units = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+    unit = next((unit for unit, scale in units.items() if count >= 0.9995 * scale), "KiB" if count else "GiB")
+    size = count / units[unit]
+    return f"{size:,.0f} {unit}" if size >= 99.95 else f"{size:.1f} {unit}"
 
 
 def seconds(time: float) -> str:

@@ -16,6 +16,7 @@ def test_the_rows_of_memory_add_up_on_both_sides():
 def test_a_difference_is_positive_where_the_prediction_is_too_high():
     assert compared.difference(110, 100) == "+10.0 %"
     assert compared.difference(90, 100) == "-10.0 %"
+    assert compared.difference(99999, 100000) == "+0.0 %"
     assert compared.difference(90, 0) == "-"
 
 

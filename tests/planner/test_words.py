@@ -15,12 +15,12 @@ from tests.planner import plans
         (100, "0.1 KiB"),
         (10 * 2**10, "10.0 KiB"),
         (50 * 2**20, "50.0 MiB"),
-        (2**29, "0.5 GiB"),
+        (2**29, "512 MiB"),
         (80 * 2**30, "80.0 GiB"),
         (1500 * 2**30, "1,500 GiB"),
     ],
 )
-def test_bytes_are_written_in_gib_unless_that_would_say_nothing(count, written):
+def test_bytes_are_written_in_gib_or_where_they_are_fewer_in_what_is_less(count, written):
     assert words.gib(count) == written
 
 

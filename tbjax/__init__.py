@@ -1,6 +1,7 @@
 """tbjax: any Hugging Face decoder, sharded over any mesh of NVIDIA GPUs or TPUs.
 
-    model = tbjax.load("HuggingFaceTB/SmolLM2-135M-Instruct", mesh=(2, 2, 2))  # (dp, fsdp, tp)
+    plan = tbjax.plan("meta-llama/Llama-2-70b-hf", hardware="h100:8x8")        # which mesh, what it costs, and why
+    model = tbjax.load("HuggingFaceTB/SmolLM2-135M-Instruct", mesh=(2, 2, 2))  # (dp, fsdp, tp), or a plan
     logits = model(tokens)
     print(model.generate("The capital of France is"))
     model.save_pretrained("out/")
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tbjax import checkpoint, layers
-    from tbjax.api import CausalLM, from_config, load, save
+    from tbjax.api import CausalLM, from_config, load, plan, save
     from tbjax.config import LayerKind, ModelConfig, MoE, Rope
     from tbjax.mesh import make_mesh
     from tbjax.model import Decoder
+    from tbjax.planner.plan import Plan
     from tbjax.sharding import Sharding, ShardingStrategy
 
 _HOMES = {
@@ -26,20 +28,24 @@ _HOMES = {
     "LayerKind": "tbjax.config",
     "MoE": "tbjax.config",
     "ModelConfig": "tbjax.config",
+    "Plan": "tbjax.planner.plan",
     "Rope": "tbjax.config",
     "Sharding": "tbjax.sharding",
     "ShardingStrategy": "tbjax.sharding",
     "from_config": "tbjax.api",
     "load": "tbjax.api",
     "make_mesh": "tbjax.mesh",
+    "plan": "tbjax.planning",
     "save": "tbjax.api",
 }
 _MODULES = ("checkpoint", "layers")
 
 __all__ = [  # noqa: RUF022 (in the order of a reader's interest)
+    "plan",
     "load",
     "from_config",
     "save",
+    "Plan",
     "CausalLM",
     "Decoder",
     "ModelConfig",

@@ -24,6 +24,9 @@ from tbjax.config import ModelConfig
 from tbjax.dtypes import float_dtype
 from tbjax.mesh import MeshSpec, make_mesh
 from tbjax.model import Decoder
+from tbjax.planner.plan import Plan
+from tbjax.planning import plan as plan  # part of the face
+from tbjax.planning import settings_of
 from tbjax.sharding import Sharding, ShardingStrategy
 
 log = logging.getLogger("tbjax")
@@ -45,11 +48,23 @@ class Origin:
 
 
 class CausalLM(Decoder):
-    """A `Decoder` with its tokenizer and its Hugging Face config: what `tbjax.load` gives."""
+    """A `Decoder` with its tokenizer and its Hugging Face config: what `tbjax.load` gives.
 
-    def __init__(self, config: ModelConfig, mesh: Any = None, *, origin: Origin | None = None, **settings: Any) -> None:
+    `plan` is the one that it was laid out by, if any.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Any = None,
+        *,
+        origin: Origin | None = None,
+        plan: Plan | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__(config, mesh, **settings)
         self.origin = origin
+        self.plan = plan
 
     @property
     def tokenizer(self) -> Any:
@@ -157,8 +172,8 @@ def load(
     *,
     dtype: Any = None,
     revision: str | None = None,
-    sharding: ShardingStrategy | str = ShardingStrategy.FULL_SHARD,
-    sequence_parallel: bool = False,
+    sharding: ShardingStrategy | str | None = None,
+    sequence_parallel: bool | None = None,
     scan: bool = True,
     trust_pickle: bool = False,
     budget: int = DEFAULT_BUDGET,
@@ -167,7 +182,8 @@ def load(
     """A checkpoint as a sharded model.
 
     `name_or_path` is a hub id, a folder, a .safetensors or .gguf file, or an Orbax checkpoint that tbjax wrote. `mesh`
-    is `(dp, fsdp, tp)`, a dict of axes, a `jax.sharding.Mesh`, or None for all devices on fsdp. `dtype` defaults to the
+    is `(dp, fsdp, tp)`, a dict of axes, a `jax.sharding.Mesh`, or None for all devices on fsdp; or a `Plan`, which
+    says `sharding` (otherwise FULL_SHARD) and `sequence_parallel` (otherwise False) too. `dtype` defaults to the
     checkpoint's. Each process reads only what its own devices hold, with at most `budget` bytes of host memory in
     flight.
     """
@@ -196,8 +212,8 @@ def from_config(
     *,
     seed: int = 0,
     dtype: Any = None,
-    sharding: ShardingStrategy | str = ShardingStrategy.FULL_SHARD,
-    sequence_parallel: bool = False,
+    sharding: ShardingStrategy | str | None = None,
+    sequence_parallel: bool | None = None,
     scan: bool = True,
 ) -> CausalLM:
     """A model with random weights, born sharded and the same on every mesh.
@@ -216,7 +232,8 @@ def from_config(
         "origin": origin,
     }
     model = abstract(config, mesh, **settings)
-    make = functools.partial(CausalLM, config, model.sharding, dtype=model.dtype, origin=origin, scan=scan)
+    about = {"origin": origin, "plan": model.plan}
+    make = functools.partial(CausalLM, config, model.sharding, dtype=model.dtype, scan=scan, **about)
     born = jax.jit(lambda key: make(key=key), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, model))
     return born(jax.random.key(seed))
 
@@ -227,14 +244,18 @@ def abstract(
     *,
     dtype: Any = None,
     origin: Origin | None = None,
-    sharding: ShardingStrategy | str = ShardingStrategy.FULL_SHARD,
-    sequence_parallel: bool = False,
+    sharding: ShardingStrategy | str | None = None,
+    sequence_parallel: bool | None = None,
     scan: bool = True,
 ) -> CausalLM:
     """The model without its weights: shapes, dtypes and shardings, all checked against the mesh."""
     dtype = float_dtype(config.dtype, "the model's dtype") if dtype is None else float_dtype(dtype)
-    layout = Sharding(make_mesh(mesh), ShardingStrategy(sharding), sequence_parallel)
-    make = functools.partial(CausalLM, config, layout, dtype=dtype, origin=origin, scan=scan)
+    plan = mesh if isinstance(mesh, Plan) else None
+    if plan:
+        sharding, sequence_parallel = settings_of(plan, config, sharding, sequence_parallel)
+    strategy = ShardingStrategy.FULL_SHARD if sharding is None else ShardingStrategy(sharding)
+    layout = Sharding(make_mesh(mesh), strategy, bool(sequence_parallel))
+    make = functools.partial(CausalLM, config, layout, dtype=dtype, origin=origin, plan=plan, scan=scan)
     model = layout.place(jax.eval_shape(lambda key: make(key=key), jax.random.key(0)))
     for path, axes in layout.uncut(model).items():
         log.warning("%s is not cut by %s: every device along it holds a copy.", path, " and ".join(axes))

@@ -3,6 +3,7 @@
     (dp, fsdp, tp)            a tuple of three
     {"fsdp": 4, "tp": 2}      a dict of any of the six
     jax.sharding.Mesh         with axes among the six
+    tbjax.Plan                the mesh that was planned
     None or "auto"            every device on fsdp
 
 Axes run from the outermost, which may cross slow links, to the innermost, which should lie within one host's fast
@@ -11,7 +12,7 @@ domain. One size may be -1: it takes what the others leave. A size that the user
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import jax
 import numpy as np
@@ -20,7 +21,15 @@ from jax.sharding import AxisType, Mesh
 
 AXES: tuple[str, ...] = ("pp", "dp", "fsdp", "ep", "cp", "tp")
 
-MeshSpec: TypeAlias = Mesh | Mapping[str, int] | Sequence[int] | Literal["auto"] | None
+
+class Planned(Protocol):
+    """What a plan is to this file."""
+
+    @property
+    def mesh(self) -> Mapping[str, int]: ...
+
+
+MeshSpec: TypeAlias = Mesh | Mapping[str, int] | Sequence[int] | Planned | Literal["auto"] | None
 
 
 def axis_sizes(spec: MeshSpec, device_count: int) -> dict[str, int]:
@@ -67,9 +76,25 @@ def make_mesh(spec: MeshSpec = None, devices: Sequence[Any] | None = None) -> Me
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _requested(spec: Mapping[str, int] | Sequence[int] | str | None) -> dict[str, int]:
+def fixed_sizes(spec: MeshSpec) -> dict[str, int]:
+    """The sizes that `spec` leaves no choice about, to who chooses the others (the planner).
+
+    A tuple (dp, fsdp, tp) speaks of all axes, a dict of those that it names; a size of -1 is to be chosen.
+    """
+    if spec is None or (isinstance(spec, str) and spec == "auto"):
+        return {}
+    if isinstance(spec, Mesh):
+        return axis_sizes(spec, spec.size)
+    asked = _requested(spec)
+    others = {} if isinstance(spec, Mapping) else dict.fromkeys(AXES, 1)
+    return {axis: size for axis, size in {**others, **asked}.items() if size != -1}
+
+
+def _requested(spec: Mapping[str, int] | Sequence[int] | Planned | str | None) -> dict[str, int]:
     if spec is None or (isinstance(spec, str) and spec == "auto"):
         return {"fsdp": -1}
+    if isinstance(planned := getattr(spec, "mesh", None), Mapping):
+        spec = planned
     if isinstance(spec, np.ndarray):
         spec = spec.tolist()
     if isinstance(spec, Mapping):
@@ -80,7 +105,7 @@ def _requested(spec: Mapping[str, int] | Sequence[int] | str | None) -> dict[str
     if isinstance(spec, str) or not isinstance(spec, Sequence) or len(spec) != 3:
         raise ValueError(
             f"mesh={spec!r} is not a mesh: give (dp, fsdp, tp), a dict such as {{'fsdp': 4, 'tp': 2}}, "
-            "a jax.sharding.Mesh or 'auto'."
+            "a jax.sharding.Mesh, a tbjax.Plan or 'auto'."
         )
     return dict(zip(("dp", "fsdp", "tp"), spec, strict=True))
 

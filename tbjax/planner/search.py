@@ -18,12 +18,13 @@ The bounds rest on what is true of any sensible price:
 import dataclasses
 import heapq
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from tbjax.mesh import AXES
+from tbjax.mesh import AXES, spell
 from tbjax.planner.cost import Time, step_time
-from tbjax.planner.legal import Rejection, Space
+from tbjax.planner.legal import Rejection, Space, divisors
 from tbjax.planner.memory import Memory, memory
 from tbjax.planner.words import gib, spelled_sizes, time_title
 from tbjax.planner.workload import Layout, Offloaded, Remat
@@ -296,6 +297,25 @@ def _sizes(layout: Layout) -> Sizes:
 
 
 def _nothing_legal(space: Space, refused: list[Rejection]) -> str:
-    """Why no mesh is legal, and where it fails."""
+    """Why no mesh is legal, and what would do."""
     reasons = "; ".join(f"{rejection.reason} ({spelled_sizes(rejection.example)})" for rejection in refused[:4])
-    return f"no mesh of the {space.cluster.devices} devices of {space.cluster} would do: {reasons}."
+    return (
+        f"no mesh of the {space.cluster.devices} devices of {space.cluster} would do: {reasons}. {_what_would(space)}"
+    )
+
+
+def _what_would(space: Space) -> str:
+    """The next larger batch with which a mesh is legal; failing that, the legal mesh nearest to what was fixed."""
+    batch, axes = space.workload.global_batch, [axis for axis in AXES if axis in space.fixed]
+    for larger in sorted({-(-batch // size) * size for size in divisors(space.cluster.devices)} - {batch}):
+        if dataclasses.replace(space, workload=dataclasses.replace(space.workload, global_batch=larger)).meshes()[0]:
+            return f"global_batch={larger} would do."
+    settings = {name: value for name, value in space.fixed.items() if name not in AXES}
+    meshes, _ = dataclasses.replace(space, fixed=settings).meshes()
+    if not axes or not meshes:
+        return "Other hardware, or another batch, would."
+
+    def distance(mesh: Layout) -> float:
+        return sum(abs(math.log2(mesh.mesh[axis] / space.fixed[axis])) for axis in axes)
+
+    return f"A mesh that would do: {spell(min(meshes, key=distance).mesh)}."

@@ -70,6 +70,8 @@ def row_case(row: Row) -> Case:
     """
     names = "hidden heads layers seq_len gpus tp dp pp micro_batch global_batch".split()
     hidden, heads, layers, sequence, gpus, tp, dp, pp, micro, batch = (int(float(row[name])) for name in names)
+    if batch % (dp * micro):
+        raise Unknown(f"global_batch={batch} does not divide into dp={dp} x micro_batch={micro}")
     return Case(
         name=f"{hidden}x{layers} tp={tp} dp={dp} pp={pp} microbatch={micro} batch={batch}",
         config=_model("GPT", layers, hidden, heads, heads, 4 * hidden, 51200),

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measured import ROWS, RUNS, Case, Row, Unknown, mean_absolute, read, row_case, run_case
+from benchmarks.measured import ROWS, RUNS, Case, Row, mean_absolute, read, row_case, run_case
 from tbjax.planner.cost import mfu
 
 
@@ -29,11 +29,12 @@ def show(console: Console, path: Path, make: Callable[[Row], Case], *, brief: bo
     for row in read(path):
         try:
             case = make(row)
-        except Unknown as reason:
-            table.add_row(f"{row['source']}: {row['model']}", "", "", "", "", str(reason))
+            time = case.predicted()
+        except ValueError as reason:  # it does not say enough, or its sizes do not divide
+            named = (row.get(column) for column in ("source", "model", "hidden", "global_batch"))
+            table.add_row(" ".join(name for name in named if name), "", "", "", "", str(reason))
             continue
         cases.append(case)
-        time = case.predicted()
         longest = sorted(time.parts, key=lambda part: -time.parts[part])[:3]
         table.add_row(
             case.name,

@@ -105,13 +105,15 @@ def test_a_run_that_does_not_say_enough_says_what_is_missing():
 def test_the_benchmark_prints_every_row_and_the_errors(capsys, tmp_path):
     lines = ROWS[1].read_text().splitlines()
     few = tmp_path / "few.csv"
-    few.write_text("\n".join(lines[:4]))
+    odd = lines[4].replace(",512,", ",511,", 1)
+    few.write_text("\n".join([*lines[:4], odd]))
     planner.main(["--rows", str(few), "--runs", str(RUNS[0])])
     printed = capsys.readouterr().out
     case = row_case(read(few)[0])
     assert case.name in printed
     assert f"{case.predicted().total:.3f}" in printed
     assert "few.csv: 3 rows, mean absolute error" in printed
+    assert "global_batch=511 does not divide" in printed.replace("\n", "")
     assert "measured_runs.csv: 11 rows, mean absolute error" in printed
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from interop.bindings import Binding, Bounds, bindings, rectangles, source_shapes
@@ -29,13 +28,11 @@ from interop.families import Family
 from interop.writer import CheckpointWriter, Layout, code
 from tbjax.config import ModelConfig
 from tbjax.dtypes import float_dtype
+from tbjax.folders import agree
 from tbjax.sharding import leaves
 
 # As transformers shards by default: files that are still easy to move.
 MAX_SHARD_BYTES = 5_000_000_000
-
-# Room for the message in which the first process tells the others what went wrong.
-MESSAGE_BYTES = 2048
 
 
 def export(
@@ -71,15 +68,18 @@ def export(
     shards = plan_shards(layout, max_shard_bytes)
     with CheckpointWriter(Path(folder), overwrite, active=jax.process_index() == 0) as writer:
         writer.begin()
-        _agree(writer.error)
+        agree(writer.error)
         for file, names in shards.items():
             writer.open(file, {name: layout[name] for name in names})
             for name in names:
-                writer.write(gather(parts[name], parameters, *layout[name]))
+                tensor = None
+                with writer.noting():
+                    tensor = gather(parts[name], parameters, *layout[name])
+                writer.write(tensor)
             writer.close()
-            _agree(writer.error)
+            agree(writer.error)
         writer.finish(texts, tokenizer)
-        _agree(writer.error)
+        agree(writer.error)
 
 
 def plan_shards(layout: Layout, max_shard_bytes: int) -> dict[str, list[str]]:
@@ -109,16 +109,25 @@ def with_dtype(config_json: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any
 def gather(
     parts: Sequence[Binding], parameters: Mapping[str, jax.Array], dtype: np.dtype, shape: tuple[int, ...]
 ) -> np.ndarray | None:
-    """A source tensor from all that is bound to it; None in every process but the first. Every process calls this."""
-    tensor = np.empty(shape, dtype) if jax.process_index() == 0 else None
+    """A source tensor from all that is bound to it; None in every process but the first. Every process calls this.
+
+    What goes wrong in the first is raised only when all parts have been gathered, since the others take part in that.
+    """
+    tensor, error = None, None
     for binding in parts:
         for bounds, piece in _pieces(parameters[binding.path], binding.part):
-            if tensor is None:
+            if jax.process_index() != 0 or error is not None:
                 continue
-            values = np.asarray(piece)
-            for rectangle in rectangles(binding, bounds):
-                part = values[rectangle.target]
-                copy(tensor[rectangle.source], part.T if binding.transpose else part)
+            try:
+                tensor = np.empty(shape, dtype) if tensor is None else tensor
+                values = np.asarray(piece)
+                for rectangle in rectangles(binding, bounds):
+                    part = values[rectangle.target]
+                    copy(tensor[rectangle.source], part.T if binding.transpose else part)
+            except (FloatingPointError, MemoryError, RuntimeError) as failure:
+                error = failure
+    if error is not None:
+        raise ValueError(f"tensor {parts[0].source!r} cannot be written as {dtype}{list(shape)}: {error}.") from error
     return tensor
 
 
@@ -156,17 +165,3 @@ def _selector(mesh: jax.sharding.Mesh) -> Any:
         return jax.lax.dynamic_slice(array, starts, (*(1,) * len(index), *array.shape[len(index) :]))
 
     return jax.jit(select, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-
-def _agree(error: Exception | None) -> None:
-    """Raise in every process what went wrong in the first."""
-    if jax.process_count() > 1:
-        message = "" if error is None else f"{type(error).__name__}: {error}"
-        sent = np.zeros(MESSAGE_BYTES, np.uint8)
-        text = np.frombuffer(message.encode()[:MESSAGE_BYTES], np.uint8)
-        sent[: len(text)] = text
-        received = bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent))).rstrip(b"\0").decode(errors="replace")
-        if received and error is None:
-            raise OSError(f"the first process could not write the checkpoint. {received}")
-    if error is not None:
-        raise error

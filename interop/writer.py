@@ -7,17 +7,18 @@
         writer.close()
         writer.finish({"config.json": {...}})   # the other files, then the rename
 
-Methods do not raise what the file system or the arguments cause: they note it in `error`, and later ones do nothing.
-The caller may have others to tell before it raises (see `interop.export`).
+Methods do not raise what goes wrong: they note it in `error`, and later ones do nothing. The caller may have others to
+tell before it raises (see `interop.export`), and notes what goes wrong in its own part by `noting`.
 """
 
+import contextlib
 import functools
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Concatenate, ParamSpec, Self
 
@@ -25,6 +26,7 @@ import numpy as np
 
 from interop.readers.open import INDEX, SAFETENSORS
 from interop.readers.safetensors import DTYPES, LENGTH_BYTES, METADATA
+from tbjax.folders import check_free, put
 
 # The header is padded to a multiple of this, so that every tensor is aligned in a mapped file.
 HEADER_ALIGNMENT = 8
@@ -34,6 +36,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 # A folder is taken for a checkpoint, and may be replaced, if it holds a config, weights, and nothing unlike these.
 CONFIG = "config.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+CHAT_TEMPLATES = "additional_chat_templates"  # where a tokenizer that has several keeps all but the first
 BESIDE = re.compile(r".*\.(json|jinja|model|tiktoken|txt|md)|LICENSE.*|NOTICE.*|\.gitattributes")
 
 Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
@@ -63,14 +66,12 @@ def _noted(
     """`method`, done only while nothing has gone wrong, and noting what does."""
 
     @functools.wraps(method)
-    def noting(self: "CheckpointWriter", *args: P.args, **kwargs: P.kwargs) -> None:
+    def careful(self: "CheckpointWriter", *args: P.args, **kwargs: P.kwargs) -> None:
         if self.active and self.error is None:
-            try:
+            with self.noting():
                 method(self, *args, **kwargs)
-            except (OSError, ValueError, TypeError, RuntimeError) as error:
-                self.error = error
 
-    return noting
+    return careful
 
 
 class CheckpointWriter:
@@ -87,11 +88,18 @@ class CheckpointWriter:
         self.active = active
         self.error: Exception | None = None
 
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note in `error` what goes wrong, unless something has before."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - raised by the caller: whatever it is, other processes wait for this one
+            self.error = self.error or error
+
     @_noted
     def begin(self) -> None:
         """See that the folder may be written, and make the one beside it."""
-        if self._folder.exists():
-            self._check_replaceable()
+        check_free(self._folder, self._overwrite, objection)
         self._folder.parent.mkdir(parents=True, exist_ok=True)
         if self._partial.exists():  # a killed process of the same number left it
             shutil.rmtree(self._partial)
@@ -130,7 +138,7 @@ class CheckpointWriter:
             text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
             (self._partial / name).write_text(text, encoding="utf-8")
         _flush([*(path for path in self._partial.rglob("*")), self._partial])
-        self._rename()
+        put(self._partial, self._folder)
         _flush([self._folder.parent])
 
     def __enter__(self) -> Self:
@@ -143,37 +151,22 @@ class CheckpointWriter:
         if self.active:
             shutil.rmtree(self._partial, ignore_errors=True)
 
-    def _check_replaceable(self) -> None:
-        folder = self._folder
-        if not folder.is_dir():
-            raise FileExistsError(f"{folder} is a file: name a folder.")
-        entries = sorted(folder.iterdir())
-        if not entries:
-            return
-        if not self._overwrite:
-            raise FileExistsError(f"{folder} is not empty: name another folder, or say overwrite=True to replace it.")
-        strange = [e for e in entries if not (e.is_file() and (e.suffix in WEIGHTS or BESIDE.fullmatch(e.name)))]
-        has_weights = any(entry.suffix in WEIGHTS for entry in entries)
-        if strange or not has_weights or not (folder / CONFIG).exists():
-            why = f"it holds {strange[0].name}" if strange else f"it lacks {CONFIG if has_weights else 'weights'}"
-            raise FileExistsError(
-                f"{folder} does not look like a checkpoint ({why}), so it is not replaced even with overwrite=True: "
-                "remove it yourself, or name another folder."
-            )
 
-    def _rename(self) -> None:
-        if not self._folder.exists():
-            self._partial.rename(self._folder)
-            return
-        # Whoever looks between the two renames finds nothing under the name, rather than a mixture.
-        old = self._folder.parent / f".{self._folder.name}.replaced-{os.getpid()}"
-        self._folder.rename(old)
-        try:
-            self._partial.rename(self._folder)
-        except OSError:
-            old.rename(self._folder)
-            raise
-        shutil.rmtree(old)
+def objection(folder: Path) -> str:
+    """Why a folder does not look like a Hugging Face checkpoint; nothing if it does."""
+    entries = sorted(folder.iterdir())
+    strange = [entry.name for entry in entries if not _belongs(entry)]
+    if strange:
+        return f"it holds {strange[0]}"
+    if not any(entry.suffix in WEIGHTS for entry in entries):
+        return "it lacks weights"
+    return "" if (folder / CONFIG).exists() else f"it lacks {CONFIG}"
+
+
+def _belongs(entry: Path) -> bool:
+    if entry.name == CHAT_TEMPLATES and entry.is_dir():
+        return all(template.is_file() and template.suffix == ".jinja" for template in entry.iterdir())
+    return entry.is_file() and (entry.suffix in WEIGHTS or bool(BESIDE.fullmatch(entry.name)))
 
 
 def _flush(paths: Iterable[Path]) -> None:

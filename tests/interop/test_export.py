@@ -87,6 +87,13 @@ def test_arrays_that_numpy_cannot_see_are_gathered_by_a_collective(case, tmp_pat
     assert_same_bits(read(tmp_path / "out"), tiny.tensors(case))
 
 
+def test_a_number_that_the_dtype_cannot_hold_is_an_error_that_names_the_tensor(tmp_path):
+    model = jax.tree.map(lambda array: 1e6 * array, load(LLAMA))
+    with pytest.raises(ValueError, match=r"tensor 'model\.embed_tokens\.weight' cannot .* float16.* more than 65504"):
+        save(LLAMA, tmp_path / "out", model, dtype="float16")
+    assert not any(tmp_path.iterdir())
+
+
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +188,7 @@ def test_missing_parents_are_made_and_an_empty_folder_is_used(tmp_path):
 
 def test_a_folder_that_holds_something_is_refused(tmp_path):
     save(LLAMA, tmp_path / "out")
-    with pytest.raises(FileExistsError, match=r"out is not empty: .* overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"out exists already and is not empty: .* overwrite=True"):
         save(LLAMA, tmp_path / "out")
 
 
@@ -193,11 +200,24 @@ def test_a_checkpoint_is_replaced_when_asked_and_nothing_of_it_stays(tmp_path):
     assert_same_bits(read(tmp_path / "out"), tiny.tensors(tiny.BY_NAME["qwen2"]))
 
 
+def test_a_tokenizer_of_several_chat_templates_does_not_stand_in_the_way(tmp_path):
+    """They lie in a folder of their own."""
+    (tmp_path / "out" / "additional_chat_templates").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "additional_chat_templates/tool_use.jinja"):
+        (tmp_path / "out" / name).write_text("{}")
+    save(LLAMA, tmp_path / "out", overwrite=True)
+    assert_same_bits(read(tmp_path / "out"), tiny.tensors(LLAMA))
+
+
 @pytest.mark.parametrize(
     ("names", "why"),
     [
         (["thesis.tex", "config.json", "model.safetensors"], "it holds thesis.tex"),
         (["config.json", "model.safetensors", "photos/"], "it holds photos"),
+        (
+            ["config.json", "model.safetensors", "additional_chat_templates/", "additional_chat_templates/x"],
+            "additional",
+        ),
         (["config.json", "notes.txt"], "it lacks weights"),
         (["model.safetensors"], "it lacks config.json"),
     ],
@@ -209,7 +229,7 @@ def test_what_does_not_look_like_a_checkpoint_is_never_replaced(names, why, tmp_
         (out / name).mkdir() if name.endswith("/") else (out / name).write_text("")
     with pytest.raises(FileExistsError, match=why):
         save(LLAMA, out, overwrite=True)
-    assert sorted(path.name for path in out.iterdir()) == sorted(name.rstrip("/") for name in names)
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*")) == sorted(name.rstrip("/") for name in names)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -244,12 +264,13 @@ def test_an_export_that_fails_leaves_nothing(tmp_path):
 KILLED = """
 import sys
 from pathlib import Path
+from interop import writer
 from interop.writer import CheckpointWriter
 from tests import tiny
 from tests.interop.test_export import LLAMA, save
 
 stop_at = int(sys.argv[2])
-write, finish = CheckpointWriter.write, CheckpointWriter._rename
+write = CheckpointWriter.write
 written = 0
 
 def wait():
@@ -266,7 +287,7 @@ def counting(self, tensor):
 
 CheckpointWriter.write = counting
 if not stop_at:
-    CheckpointWriter._rename = lambda self: wait()
+    writer.put = lambda *_: wait()
 save(LLAMA, Path(sys.argv[1]), overwrite=True)
 """
 

@@ -46,6 +46,11 @@ for run, (name, mesh) in json.loads(sys.argv[5]).items():
         export(model, config, case.family, folder / "out", **options)
     except OSError as error:
         results[run] = {"bytes_read": reports[0].bytes_read, "refusal": str(error)}
+    large = jax.tree.map(lambda array: 1e6 * array, model)
+    try:
+        export(large, config, case.family, folder / "half", dtype="float16", **options)
+    except (OSError, ValueError) as error:
+        results[run]["overflow"] = str(error)
 print(json.dumps(results))
 """
 
@@ -109,3 +114,11 @@ def test_both_write_one_checkpoint(run, results, folder):
 @pytest.mark.parametrize("run", RUNS)
 def test_what_the_first_process_cannot_write_is_raised_in_both(run, results):
     assert all("is not empty" in result[run]["refusal"] for result in results)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_tensor_that_the_first_process_cannot_convert_is_named_in_both(run, results, folder):
+    """Although the others have no more than taken part in gathering it."""
+    name = "tensor 'model.embed_tokens.weight' cannot be written as float16"
+    assert all(name in result[run]["overflow"] for result in results)
+    assert not (folder / run / "half").exists()

@@ -1,4 +1,4 @@
-"""The command line: `tbjax convert`, `tbjax generate`.
+"""The command line: `tbjax plan`, `tbjax verify`, `tbjax convert`, `tbjax generate`, `tbjax pipeline`.
 
 Commands import what they need when they run, so that `--help` answers at once.
 """
@@ -10,6 +10,7 @@ from rich.console import Console
 
 from interop.convert import Dtype, convert
 from tbjax.pipeline.command import pipeline
+from tbjax.planner.command import plan, verify
 from tbjax.terminal import parse_mesh, provide_cpu_devices, readable_errors
 
 app = typer.Typer(
@@ -18,6 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Any Hugging Face decoder, sharded over any mesh of NVIDIA GPUs or TPUs.",
 )
+app.command()(plan)
+app.command()(verify)
 app.command()(convert)
 app.command()(pipeline)
 

@@ -73,9 +73,22 @@ class Plan:
         """The share of the devices' peak that the model's own FLOPs take: recomputation does not count."""
         return cost.mfu(self.time, self.config, self.workload, self.cluster)
 
+    @property
+    def remedy(self) -> list[str]:
+        """Where nothing fits: a sentence on what is missing, and one on what would do."""
+        if self.fits:
+            return []
+        title = self.cluster.hardware.title
+        return [
+            f"Nothing fits: the layout that misses least needs {words.gib(self.missing)} more on each device.",
+            f"The fewest {title} on which something fits are {self.smallest.devices:,}: {self.smallest}."
+            if self.smallest
+            else f"Nor would anything fit on up to {growth.MOST_DEVICES:,} {title}, with this batch.",
+        ]
+
     def explain(self) -> str:
         """The plan in sentences: what lies where, what limits it, what the others lack."""
-        return "\n".join([words.verdict(self), *words.summary(self), *self._against_runner_up(), *self._if_not()])
+        return "\n".join([words.verdict(self), *words.summary(self), *self._against_runner_up(), *self.remedy])
 
     def verify(self, compiler: str = "auto", **options: Any) -> Verification:
         """What the target's own compiler makes of this plan. Needs no device; `tbjax[verify]` brings the compilers.
@@ -83,6 +96,10 @@ class Plan:
         Options are those of `planner.verify.verify`: `timeout`, `depths`, `progress`.
         """
         return verify(self.config, self.workload, self.layout, self.cluster, compiler=compiler, **options)
+
+    def with_verification(self, verification: Verification) -> "Plan":
+        """The same plan with the compiler's verdict beside it, shown wherever the plan is."""
+        return dataclasses.replace(self, verification=verification)
 
     # Keeping.
 
@@ -151,17 +168,6 @@ class Plan:
             f"{words.seconds(second.time.total)} and {words.gib(second.memory.total)}, "
             f"against {words.seconds(self.time.total)} and {words.gib(self.memory.total)}."
         ]
-
-    def _if_not(self) -> list[str]:
-        if self.fits:
-            return []
-        title = self.cluster.hardware.title
-        would = (
-            f"The fewest {title} that would do are {self.smallest.devices:,}: {self.smallest}."
-            if self.smallest
-            else f"No number of {title} up to {growth.MOST_DEVICES:,} would do, with this batch."
-        )
-        return [f"Nothing fits: the layout that misses least needs {words.gib(self.missing)} more. {would}"]
 
 
 def plan(

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from tbjax.config import LayerKind, ModelConfig
 from tbjax.layers import rope
-from tbjax.layers.attention import Attention, Keys
+from tbjax.layers.attend import Keys
+from tbjax.layers.attention import Attention
 from tbjax.layers.cache import KVCache
 from tbjax.layers.embedding import TensorParallelEmbedding
 from tbjax.layers.linear import as_sharding
@@ -181,7 +182,8 @@ class Decoder(nnx.Module):
         if cache is not None:
             slots = slots + cache.length
             known = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, cache.length, axis=1)
-        keys = Keys(slots, known, jnp.maximum(jnp.cumsum(known, axis=1) - 1, 0) * known)
+        whole = attention_mask is None and cache is None
+        keys = Keys(slots, None if whole else known, jnp.maximum(jnp.cumsum(known, axis=1) - 1, 0) * known)
         positions = jnp.broadcast_to(slots, tokens.shape) if positions is None else jnp.asarray(positions)
 
         x = self.embedding(tokens, dtype)

@@ -219,6 +219,11 @@ class Sharding:
         spec = self._spec(dims, axes)
         return PartitionSpec(*(self._fitting(entry, size) for entry, size in zip(spec, shape, strict=True)))
 
+    def shard_shape(self, dims: Dims, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The part of an activation that one device has."""
+        spec = self.activation(dims, shape)
+        return tuple(size // self.size(*_axes(entry)) for size, entry in zip(shape, spec, strict=True))
+
     def constrain(self, value: jax.Array, *dims: str | None) -> jax.Array:
         """Tells the compiler how `value` is to lie."""
         return self._constrain(value, self.activation(dims, value.shape))

@@ -14,24 +14,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from tbjax.config import LayerKind, ModelConfig
+from tbjax.layers.attend import Keys, Scoring, attend
 from tbjax.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tbjax.layers.norm import RMSNorm
 from tbjax.layers.rope import rotate
 from tbjax.sharding import Sharding
-
-# A masked score: finite, so that a row which may attend to nothing (left padding) stays finite too.
-MASKED = -1e30
-
-
-class Keys(NamedTuple):
-    """What a query may look at, and from where."""
-
-    query_slots: jax.Array  # [S] place of each query in the sequence of keys
-    valid: jax.Array  # [B, T] bool: a real token stands there
-    positions: jax.Array  # [B, T] position of each key among its row's real tokens
 
 
 class HeadLayout(NamedTuple):
@@ -126,7 +117,7 @@ class Attention(nnx.Module):
         if cache is not None:
             first = keys.query_slots[0]
             key, value = cache = (_write(cache[0], key, first), _write(cache[1], value, first))
-        out = self._attend(query, key, value, keys)
+        out = attend(query, key, value, keys, self._scoring(), self.sharding)
         out = self.layout.collect(self._over_heads(out))
         return self.output(out.reshape(*out.shape[:2], -1)), cache
 
@@ -135,31 +126,19 @@ class Attention(nnx.Module):
             return query, key
         return self.query_norm(query), self.key_norm(key)
 
-    def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, keys: Keys) -> jax.Array:
+    def _scoring(self) -> Scoring:
         config = self.config
-        scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
-        scores = jnp.einsum("bskgn,btkn->bkgst", query, key, preferred_element_type=jnp.float32) * scale
-        if config.attention_softcap is not None:
-            scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
+        slopes = None
         if config.alibi:
-            scores = scores + scale * self._alibi(keys.positions)
-        scores = jnp.where(self._visible(keys), scores, MASKED)
-        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        return jnp.einsum("bkgst,btkn->bskgn", weights, value)
-
-    def _visible(self, keys: Keys) -> jax.Array:
-        """[B, 1, 1, S, T]: which keys each query may attend to."""
-        distance = keys.query_slots[:, None] - jnp.arange(keys.valid.shape[1])
-        visible = distance >= 0
-        if self.kind.window is not None:
-            visible &= distance < self.kind.window
-        return (visible & keys.valid[:, None])[:, None, None]
-
-    def _alibi(self, positions: jax.Array) -> jax.Array:
-        """[B, K, G, 1, T]: each head's slope times the key's position, rounded to bfloat16 as Falcon was trained."""
-        slopes = jnp.asarray(alibi_slopes(self.config.heads), jnp.bfloat16)
-        bias = slopes[None, None, :, None] * positions.astype(jnp.bfloat16)[:, :, None, None]  # [B, T, H, 1]
-        return self.layout.spread_queries(bias)[..., 0].transpose(0, 2, 3, 1)[:, :, :, None].astype(jnp.float32)
+            with jax.ensure_compile_time_eval():
+                spread = self.layout.spread_queries(jnp.asarray(alibi_slopes(config.heads)).reshape(1, 1, -1, 1))
+                slopes = tuple(tuple(group) for group in np.asarray(spread)[0, 0, :, :, 0].tolist())
+        return Scoring(
+            scale=config.head_dim**-0.5 if config.query_scale is None else config.query_scale,
+            window=self.kind.window,
+            softcap=config.attention_softcap,
+            slopes=slopes,
+        )
 
     def _over_heads(self, a: jax.Array) -> jax.Array:
         return self.sharding.constrain(a, "batch", None, "kv_heads", *[None] * (a.ndim - 3))

@@ -1,0 +1,221 @@
+"""Attention itself: weighted sums of values, in the form that suits the size and the device.
+
+    plain      all scores at once: short sequences, and decoding, where there is one query
+    blockwise  a block of queries at a time, forwards and backwards, so that scores never stand in memory as a whole
+    cudnn      NVIDIA's fused kernel, for what it knows
+
+Each computes the same function. `implementation=None` takes cuDNN where it serves, and otherwise as large a block as a
+fixed budget of scores allows, which for short sequences is all queries: plain. No form keeps scores for the backward
+pass; the first two compute them again from queries and keys.
+
+B batch, S queries, T keys, K key-value heads, G queries per key-value head, N head dimension, Q queries of a block.
+"""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from tbjax.sharding import Sharding
+
+Implementation: TypeAlias = Literal["plain", "blockwise", "cudnn"]
+
+# A masked score: finite, so that a row which may attend to nothing (left padding) stays finite too.
+MASKED = -1e30
+
+# Float32 scores on one device at a time: small beside a layer's activations at training lengths, and still large enough
+# for efficient matmuls.
+SCORE_BYTES = 64 * 2**20
+
+# A block's queries are a multiple of this where not all of them fit: the width of the matrix units of TPUs, and a
+# multiple of every tile of NVIDIA's.
+BLOCK_MULTIPLE = 128
+
+# What cuDNN's fused attention takes, as jax.nn.dot_product_attention checks it; wider heads only on newer devices.
+CUDNN_CAPABILITY = 8.0
+CUDNN_HEAD_DIM = 128
+
+
+class Keys(NamedTuple):
+    """What a query may look at, and from where."""
+
+    query_slots: jax.Array  # [S] place of each query in the sequence of keys
+    valid: (
+        jax.Array | None
+    )  # [B, T] bool: a real token stands there; None: everywhere, and queries and keys are the same
+    positions: jax.Array  # [B, T] position of each key among its row's real tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How scores are made of queries and keys."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    slopes: tuple[tuple[float, ...], ...] | None = None  # ALiBi's, [K, G]
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    keys: Keys,
+    scoring: Scoring,
+    sharding: Sharding,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """The values [B, T, K, N] that each query [B, S, K, G, N] attends to by the keys [B, T, K, N], summed."""
+    if implementation not in (None, *get_args(Implementation)):
+        known = ", ".join(map(repr, get_args(Implementation)))
+        raise ValueError(f"implementation={implementation!r} is unknown: tbjax knows {known}.")
+    reason = _cudnn_refuses(query, keys, scoring, sharding)
+    if implementation == "cudnn" and reason:
+        raise ValueError(f"implementation='cudnn' does not serve here: {reason}.")
+    if implementation == "cudnn" or (implementation is None and not reason):
+        return _cudnn(query, key, value, scoring)
+    on_device = sharding.shard_shape(("batch", None, "kv_heads", None, None), query.shape)
+    rows, _, heads, group, _ = on_device
+    block = block_queries(query.shape[1], key.shape[1], rows * heads * group)
+    if implementation == "plain":
+        block = query.shape[1]
+    elif implementation == "blockwise":
+        block = min(block, max(1, query.shape[1] // 2))
+    return _blockwise(scoring, block, query, key, value, keys)
+
+
+def block_queries(queries: int, keys: int, heads: int) -> int:
+    """How many of `queries` are scored at once on a device with so many `heads`, over all of its rows."""
+    fitting = SCORE_BYTES // (4 * keys * heads)
+    if fitting >= queries:
+        return queries
+    blocks = math.ceil(queries / max(BLOCK_MULTIPLE, fitting))
+    return min(queries, math.ceil(queries / blocks / BLOCK_MULTIPLE) * BLOCK_MULTIPLE)
+
+
+def _cudnn_refuses(query: jax.Array, keys: Keys, scoring: Scoring, sharding: Sharding) -> str:
+    """Why cuDNN does not serve, in words; empty where it does."""
+    device: Any = sharding.mesh.devices.flat[0] if isinstance(sharding.mesh, Mesh) else None
+    if device is None or device.platform not in ("gpu", "cuda"):
+        return "the mesh is not of NVIDIA GPUs"
+    if float(getattr(device, "compute_capability", 0)) < CUDNN_CAPABILITY:
+        return f"it needs compute capability {CUDNN_CAPABILITY}, {device.device_kind} is older"
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it needs 16 bits, not {query.dtype}"
+    if query.shape[-1] > CUDNN_HEAD_DIM or query.shape[-1] % 8:
+        return f"it needs a head dimension up to {CUDNN_HEAD_DIM} and a multiple of 8, not {query.shape[-1]}"
+    if scoring.softcap is not None or scoring.slopes is not None:
+        return "it knows neither a cap of scores nor ALiBi"
+    if keys.valid is not None:
+        return "it is used where queries and keys are the same tokens, without padding"
+    return ""
+
+
+def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, scoring: Scoring) -> jax.Array:
+    b, s, k, g, n = query.shape
+    out = jax.nn.dot_product_attention(
+        query.reshape(b, s, k * g, n),
+        key,
+        value,
+        scale=scoring.scale,
+        is_causal=True,
+        local_window_size=None if scoring.window is None else (scoring.window - 1, 0),
+        implementation="cudnn",
+    )
+    return out.reshape(query.shape)
+
+
+# Blocks of queries. Written with its own backward pass: taken apart by the compiler's differentiation, a policy that
+# keeps what it finds would keep the scores.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blockwise(
+    scoring: Scoring, block: int, query: jax.Array, key: jax.Array, value: jax.Array, keys: Keys
+) -> jax.Array:
+    if block >= query.shape[1]:
+        return _block(scoring, query, key, value, keys)
+
+    def step(_: None, queries: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        return None, _block(scoring, queries[0], key, value, keys._replace(query_slots=queries[1]))
+
+    _, out = jax.lax.scan(step, None, _split(block, query, keys.query_slots))
+    return _joined(out, query.shape[1])
+
+
+def _blockwise_forward(
+    scoring: Scoring, block: int, query: jax.Array, key: jax.Array, value: jax.Array, keys: Keys
+) -> Any:
+    return _blockwise(scoring, block, query, key, value, keys), (query, key, value, keys)
+
+
+def _blockwise_backward(scoring: Scoring, block: int, kept: Any, of_out: jax.Array) -> Any:
+    query, key, value, keys = kept
+
+    def step(carry: Any, queries: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+        query, slots, of_out = queries
+        part = partial(_block, scoring, keys=keys._replace(query_slots=slots))
+        _, pull = jax.vjp(part, query, key, value)
+        of_query, *of_rest = pull(of_out)
+        return jax.tree.map(lambda total, new: total + new.astype(total.dtype), carry, tuple(of_rest)), of_query
+
+    if block >= query.shape[1]:
+        _, pull = jax.vjp(partial(_block, scoring, keys=keys), query, key, value)
+        return *pull(of_out), None
+    # Summed over the blocks in float32, whatever the precision of keys and values.
+    zeros = tuple(jnp.zeros_like(a, jnp.float32) for a in (key, value))
+    queries = _split(block, query, keys.query_slots, of_out)
+    (of_key, of_value), of_query = jax.lax.scan(step, zeros, queries)
+    return _joined(of_query, query.shape[1]), of_key.astype(key.dtype), of_value.astype(value.dtype), None
+
+
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+
+
+def _block(scoring: Scoring, query: jax.Array, key: jax.Array, value: jax.Array, keys: Keys) -> jax.Array:
+    """Some of the queries [B, Q, K, G, N], all scores at once."""
+    scores = jnp.einsum("bqkgn,btkn->bkgqt", query, key, preferred_element_type=jnp.float32) * scoring.scale
+    if scoring.softcap is not None:
+        scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
+    if scoring.slopes is not None:
+        scores = scores + scoring.scale * _alibi(scoring.slopes, keys.positions)
+    scores = jnp.where(_visible(scoring, keys, key.shape[1]), scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgqt,btkn->bqkgn", weights, value)
+
+
+def _visible(scoring: Scoring, keys: Keys, count: int) -> jax.Array:
+    """[B, 1, 1, Q, T], or 1 for B: which keys each query may attend to."""
+    distance = keys.query_slots[:, None] - jnp.arange(count)
+    visible = distance >= 0
+    if scoring.window is not None:
+        visible &= distance < scoring.window
+    visible = visible[None] if keys.valid is None else visible & keys.valid[:, None]
+    return visible[:, None, None]
+
+
+def _alibi(slopes: tuple[tuple[float, ...], ...], positions: jax.Array) -> jax.Array:
+    """[B, K, G, 1, T]: each head's slope times the key's position, rounded to bfloat16 as Falcon was trained."""
+    bias = jnp.asarray(slopes, jnp.bfloat16)[..., None] * positions.astype(jnp.bfloat16)[:, None, None]
+    return bias[:, :, :, None].astype(jnp.float32)
+
+
+def _split(block: int, *arrays: jax.Array) -> Any:
+    """[B, S, ...] or [S] as [blocks, B, Q, ...] or [blocks, Q]; what is missing in the last block is zeros."""
+    result = []
+    for a in arrays:
+        axis = min(1, a.ndim - 1)
+        a = jnp.pad(a, [(0, -a.shape[axis] % block if i == axis else 0) for i in range(a.ndim)])
+        shape = (*a.shape[:axis], -1, block, *a.shape[axis + 1 :])
+        result.append(jnp.moveaxis(a.reshape(shape), axis, 0))
+    return tuple(result)
+
+
+def _joined(blocks: jax.Array, queries: int) -> jax.Array:
+    """[blocks, B, Q, ...] as [B, S, ...]"""
+    a = jnp.moveaxis(blocks, 0, 1)
+    return a.reshape(a.shape[0], -1, *a.shape[3:])[:, :queries]

@@ -1,0 +1,96 @@
+"""Attention in blocks is attention: the same values and gradients in every form, and no scores that stand in memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tbjax.layers import attend as attend_module
+from tbjax.layers.attend import Keys, Scoring, attend, block_queries
+from tbjax.mesh import make_mesh
+from tbjax.sharding import Sharding
+
+B, S, K, G, N = 2, 300, 2, 3, 16
+ONE = Sharding(make_mesh((1, 1, 1), jax.devices()[:1]))
+SCORINGS = {
+    "causal": Scoring(scale=0.25),
+    "window": Scoring(scale=0.25, window=37),
+    "softcap": Scoring(scale=0.5, softcap=2.0),
+    "alibi": Scoring(scale=0.25, slopes=((0.0625, 0.03, 0.015), (0.008, 0.004, 0.002))),
+}
+
+
+def operands():
+    random = np.random.default_rng(0)
+    shapes = (B, S, K, G, N), (B, S, K, N), (B, S, K, N)
+    return [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def keys(padded: bool) -> Keys:
+    valid = np.ones((B, S), bool)
+    if padded:
+        valid[0, :70] = False
+        valid[1, 250:] = False
+    positions = np.maximum(np.cumsum(valid, axis=1) - 1, 0) * valid
+    return Keys(jnp.arange(S), jnp.asarray(valid) if padded else None, jnp.asarray(positions))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("scoring", SCORINGS.values(), ids=SCORINGS)
+def test_blocks_give_the_values_and_gradients_of_all_scores_at_once(scoring, padded, monkeypatch):
+    monkeypatch.setattr(attend_module, "SCORE_BYTES", 4 * S * B * K * G * 128)  # blocks of 128: 300 do not divide
+
+    def out_and_gradients(implementation):
+        def total(*operands):
+            out = attend(*operands, keys(padded), scoring, ONE, implementation)
+            return jnp.sum(jnp.sin(out)), out
+
+        gradients, out = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(*operands())
+        return out, *gradients
+
+    for ours, wanted in zip(out_and_gradients("blockwise"), out_and_gradients("plain"), strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_plain_attention_is_what_the_formula_says():
+    query, key, value = operands()
+    out = attend(query, key, value, keys(False), Scoring(scale=0.25, window=5), ONE, "plain")
+    b, s, k, g = 1, 200, 1, 2
+    scores = [0.25 * float(query[b, s, k, g] @ key[b, t, k]) for t in range(s - 4, s + 1)]
+    weights = np.exp(scores) / np.sum(np.exp(scores))
+    np.testing.assert_allclose(out[b, s, k, g], weights @ np.asarray(value[b, s - 4 : s + 1, k]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_no_policy_keeps_the_scores(remat):
+    from tbjax.remat import rematerialised
+
+    scoring, sequence = Scoring(scale=0.25), 4096
+    shapes = [(1, sequence, 4, 2, N), (1, sequence, 4, N), (1, sequence, 4, N)]
+
+    def layer(query, key, value):
+        slots = jnp.arange(sequence)
+        return attend(query, key, value, Keys(slots, None, slots[None]), scoring, ONE)
+
+    loss = lambda *operands: jnp.sum(jnp.sin(rematerialised(layer, remat)(*operands)))  # noqa: E731
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(
+        *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    )
+    whole = 4 * 8 * sequence * sequence
+    assert compiled.compile().memory_analysis().temp_size_in_bytes < whole / 2
+
+
+def test_a_block_is_all_queries_where_they_fit_and_even_parts_of_them_where_not():
+    assert block_queries(24, 24, 64) == 24
+    assert block_queries(1, 1 << 20, 1 << 10) == 1  # decoding: one query, however many keys
+    block = block_queries(4096, 4096, 64)
+    assert block % 128 == 0
+    assert 4 * block * 4096 * 64 <= 2 * attend_module.SCORE_BYTES
+    assert block_queries(4096, 4096, 10_000) == attend_module.BLOCK_MULTIPLE
+
+
+def test_what_does_not_serve_is_refused_by_name():
+    with pytest.raises(ValueError, match="'flash' is unknown: tbjax knows 'plain', 'blockwise', 'cudnn'"):
+        attend(*operands(), keys(False), SCORINGS["causal"], ONE, "flash")
+    with pytest.raises(ValueError, match="not of NVIDIA GPUs"):
+        attend(*operands(), keys(False), SCORINGS["causal"], ONE, "cudnn")

@@ -10,18 +10,19 @@ among what is computed again; others of them cost next to nothing.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import jax
 
 Remat: TypeAlias = Literal["none", "dots", "full"]
-Function = TypeVar("Function", bound=Callable[..., Any])
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 # How a weight becomes what a matmul takes, by the names of JAX's primitives.
 CASTS_AND_RELAYOUTS = ("convert_element_type", "sharding_constraint")
 
 
-def rematerialised(layer: Function, remat: Remat | None) -> Function:
+def rematerialised(layer: Callable[Arguments, Result], remat: Remat | None) -> Callable[Arguments, Result]:
     """`layer`, with the policy for its backward pass (None where there is no backward pass)."""
     if remat is None:
         return layer

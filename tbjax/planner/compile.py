@@ -12,12 +12,13 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tbjax import generate
 from tbjax.config import ModelConfig
@@ -53,8 +54,10 @@ def devices(cluster: Cluster, compiler: Compiler) -> list[Any]:
     if compiler == "cpu":
         return jax.devices()[: cluster.devices]
     if compiler == "tpu":
-        slices = {"num_slices": cluster.slices} if cluster.slices > 1 else {}
-        return topologies.get_topology_desc(platform="tpu", **cluster.libtpu_topology, **slices).devices
+        arguments: dict[str, Any] = dict(cluster.libtpu_topology)
+        if cluster.slices > 1:
+            arguments["num_slices"] = cluster.slices
+        return topologies.get_topology_desc(platform="tpu", **arguments).devices
     shape = f"{cluster.slices}x{cluster.hosts}x{cluster.devices_per_host}"
     return topologies.get_topology_desc("", platform="cuda", target_config=gpu_target(cluster), topology=shape).devices
 
@@ -65,7 +68,7 @@ def compile_case(case: Case) -> list[Program]:
     mesh = make_mesh(case.layout.mesh, devices(case.cluster, case.compiler))
     sharding = Sharding(mesh, case.layout.strategy, case.layout.sequence_parallel)
     if case.workload.training:
-        return [_measure("step", _lower_step(case, sharding), mesh)[0]]
+        return [_measure("step", _lower_step(case, sharding), case.layout.mesh)[0]]
     return _compile_inference(case, sharding)
 
 
@@ -102,7 +105,7 @@ def _compile_inference(case: Case, sharding: Sharding) -> list[Program]:
     # A prompt of one token at least: a cache is written by reading a prompt.
     prompt = array(rows, max(workload.prompt_len, 1))
     lowered = generate._prefill.lower(model, prompt, prompt, workload.seq_len)
-    prefill, compiled = _measure("prefill", lowered, sharding.mesh)
+    prefill, compiled = _measure("prefill", lowered, case.layout.mesh)
     if not workload.new_tokens:
         return [prefill]
     first, cache = jax.tree.map(
@@ -113,10 +116,10 @@ def _compile_inference(case: Case, sharding: Sharding) -> list[Program]:
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(sharding.mesh, PartitionSpec()))
     ends = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=scalar.sharding)
     lowered = generate._decode.lower(model, first, cache, ends, scalar, workload.new_tokens)
-    return [prefill, _measure("decode", lowered, sharding.mesh)[0]]
+    return [prefill, _measure("decode", lowered, case.layout.mesh)[0]]
 
 
-def _measure(name: str, lowered: Any, mesh: Mesh) -> tuple[Program, Any]:
+def _measure(name: str, lowered: Any, sizes: Mapping[str, int]) -> tuple[Program, Any]:
     start = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
@@ -124,7 +127,7 @@ def _measure(name: str, lowered: Any, mesh: Mesh) -> tuple[Program, Any]:
     kinds = {kind: getattr(memory, f"{kind}_size_in_bytes") for kind in KINDS}
     kinds["host"] = sum(getattr(memory, f"host_{kind}_size_in_bytes") for kind in ("argument", "temp"))
     kinds["peak"] = getattr(memory, "peak_memory_in_bytes", 0)
-    found = hlo.read(compiled.as_text(), dict(mesh.shape))
+    found = hlo.read(compiled.as_text(), sizes)
     program = Program(
         name=name,
         bytes=kinds,

@@ -146,7 +146,8 @@ def _on_device(
         of_weight += jnp.einsum("cv,cd->vd", of_scores, rows, preferred_element_type=jnp.float32)
         return (loss, of_weight), jnp.einsum("cv,vd->cd", of_scores, weight)
 
-    of_weight = jnp.zeros(weight.shape, jnp.float32) if gradients else None
+    # Not touched where no gradients are taken: the scan then carries an empty array.
+    of_weight = jnp.zeros(weight.shape if gradients else (0,), jnp.float32)
     (loss, of_weight), of_rows = jax.lax.scan(step, (jnp.float32(0), of_weight), chunks)
     loss = _collective(jax.lax.psum, loss, over_tokens)
     if not gradients:

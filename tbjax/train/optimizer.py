@@ -40,6 +40,10 @@ def make_optimizer(
     """
     found = {leaf.path: leaf for leaf in leaves(model)}
     decayed = {path: _is_matrix(leaf) for path, leaf in found.items()}
+
+    def orthogonalised(values: Any) -> Any:
+        return {path: _orthogonalised(found[path]) for path in values}
+
     match name:
         case "adamw":
             rule = optax.adamw(learning_rate, b2=0.95, weight_decay=weight_decay, mask=decayed)
@@ -55,8 +59,7 @@ def make_optimizer(
                 weight_decay=weight_decay,
                 weight_decay_mask=decayed,
                 adam_weight_decay=weight_decay,
-                # optax evaluates the function on gradients too, whose paths are the same.
-                muon_weight_dimension_numbers=lambda values: {p: _orthogonalised(found[p]) for p in values},
+                muon_weight_dimension_numbers=orthogonalised,
             )
         case _:
             known = ", ".join(map(repr, Name.__args__))

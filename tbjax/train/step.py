@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -43,15 +42,15 @@ class TrainState(NamedTuple):
 
     model: Decoder
     optimizer: Any  # optax's state, over the parameters by path
-    step: jax.Array
+    step: Any
 
 
 class Batch(NamedTuple):
-    """What a step learns from."""
+    """What a step learns from: integer arrays, or their shapes."""
 
-    tokens: jax.Array  # [B, S]
-    targets: jax.Array  # [B, S] the token that follows each; negative (IGNORED) where there is nothing to learn
-    mask: jax.Array | None = None  # [B, S] 1 where a real token stands; None: everywhere
+    tokens: Any  # [B, S]
+    targets: Any  # [B, S] the token that follows each; negative (IGNORED) where there is nothing to learn
+    mask: Any = None  # [B, S] 1 where a real token stands; None: everywhere
 
 
 class Metrics(NamedTuple):
@@ -60,9 +59,6 @@ class Metrics(NamedTuple):
     loss: jax.Array  # mean over targets, with the auxiliary loss
     gradient_norm: jax.Array
     targets: jax.Array  # how many there were
-
-
-Step: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def abstract_state(
@@ -104,7 +100,7 @@ def make_step(
     precision: Precision = "mixed",
     remat: Remat = "full",
     microbatches: int = 1,
-) -> Step:
+) -> jax.stages.Wrapped:
     """The step, jitted; it takes the state's memory for the next state."""
     _, dtype = _dtypes(precision)
 
@@ -125,9 +121,9 @@ def make_step(
 
 
 def gradients_of(
-    model: Decoder, batch: Batch, *, dtype: Any, remat: Remat, microbatches: int
+    model: Decoder, batch: Batch, *, dtype: Any, remat: Remat, microbatches: int, auxiliary: bool = True
 ) -> tuple[jax.Array, Parameters, jax.Array]:
-    """The loss, its gradient by path, and the number of targets."""
+    """The loss (with the routers' auxiliary loss or without), its gradient by path, and the number of targets."""
     if batch.tokens.shape[0] % (microbatches * model.sharding.size("dp", "fsdp", "ep")):
         raise ValueError(
             f"a batch of {batch.tokens.shape[0]} sequences does not divide over "
@@ -136,7 +132,7 @@ def gradients_of(
     targets = jnp.sum(batch.targets >= 0)
 
     def loss(values: Parameters, part: Batch) -> jax.Array:
-        return loss_of(with_parameters(model, values), part, targets, dtype=dtype, remat=remat)
+        return loss_of(with_parameters(model, values), part, targets, dtype=dtype, remat=remat, auxiliary=auxiliary)
 
     def lay(gradients: Parameters) -> Parameters:
         return _lay(gradients, model, model.sharding.strategy.cuts_gradients)
@@ -157,11 +153,13 @@ def gradients_of(
     return total, gradients, targets
 
 
-def loss_of(model: Decoder, batch: Batch, targets: jax.Array, *, dtype: Any, remat: Remat | None) -> jax.Array:
+def loss_of(
+    model: Decoder, batch: Batch, targets: jax.Array, *, dtype: Any, remat: Remat | None, auxiliary: bool = True
+) -> jax.Array:
     """The part of the loss that `batch` has in a whole of so many `targets`."""
     hidden = model.hidden(batch.tokens, batch.mask, dtype=dtype, remat=remat)
     loss = cross_entropy(model, hidden.states, batch.targets) / jnp.maximum(targets, 1)
-    if hidden.auxiliary_loss is not None:
+    if auxiliary and hidden.auxiliary_loss is not None:
         share = jnp.sum(batch.targets >= 0) / jnp.maximum(targets, 1)
         loss += model.config.experts.auxiliary_loss_weight * share * hidden.auxiliary_loss
     return loss
@@ -181,10 +179,10 @@ def check_mesh(sharding: Sharding) -> None:
             )
 
 
-def _lay(values: Parameters, model: Decoder, cut: bool) -> Parameters:
+def _lay(values: Any, model: Decoder, cut: bool) -> Parameters:
     """Values by path, constrained to lie like the parameters that they belong to, cut over the data axes or not."""
     sharding = model.sharding
-    if np.prod(list(sharding.mesh.shape.values())) == 1:
+    if sharding.mesh.size == 1:
         return values
     return {
         leaf.path: jax.lax.with_sharding_constraint(

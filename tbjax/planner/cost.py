@@ -25,7 +25,7 @@ from tbjax.pipeline.simulate import Times
 from tbjax.planner.hardware import Cluster
 from tbjax.planner.prices import Prices, peak, prices
 from tbjax.planner.stack import XLA, Stack
-from tbjax.planner.work import training_flops
+from tbjax.planner.work import forward_flops, training_flops
 from tbjax.planner.workload import Layout, Schedule, Workload
 from tbjax.sharding import ShardingStrategy
 
@@ -55,7 +55,10 @@ def tokens_per_second(time: Time, workload: Workload) -> float:
 
 def mfu(time: Time, config: ModelConfig, workload: Workload, cluster: Cluster, *, causal: bool = False) -> float:
     """Model FLOP/s over the devices' peak: recomputation not counted, attention over all pairs unless `causal`."""
-    flops = training_flops(config, workload, causal=causal)
+    if workload.training:
+        flops = training_flops(config, workload, causal=causal)
+    else:
+        flops = forward_flops(config, workload.seq_len, causal=causal) * workload.tokens
     return flops / time.total / (cluster.devices * peak(cluster, workload))
 
 

@@ -173,14 +173,17 @@ class Prices:
     def _served(self, rows: int, sequence: int, cached: float, tp: int, cp: int, ep: int, spread: int) -> Passes:
         """The arithmetic of an average layer forwards, behind `cached` tokens.
 
-        `spread` devices may share a layer's weights out and each meet all their tokens: see `sharding.project`.
+        `spread` devices may keep their shares of a layer's weights and each meet the tokens of all: `sharding.project`.
+        The experts' weights are gathered in any case.
         """
         total = Passes()
         cut = Cut(rows, sequence, context=cached, tp=tp, cp=cp, ep=ep)
         for kind, share in self.kinds:
             work = forward(self.config, kind, cut, attention="fused", size=self.size)
             if spread > 1:
-                work = work._replace(weights=tuple(_spread(matmul, spread) for matmul in work.weights))
+                dense = len(work.weights) - work.experts
+                shared = (_spread(matmul, spread) for matmul in work.weights[:dense])
+                work = work._replace(weights=(*shared, *work.weights[dense:]))
             parts = self._pass(work, self.workload.parameter_bytes)
             whole = Passes(*parts, forwards=sum(parts))
             total = Passes(*(old + share * new for old, new in zip(total, whole, strict=True)))
@@ -246,11 +249,11 @@ class Prices:
 
     def _gather(self, fsdp: int, ep: int, cp: int, tp: int) -> Gather:
         """FSDP in training: weights are gathered forwards and backwards, their gradients scattered."""
-        layer = self._gathered(fsdp, ep, cp, tp, stacked=True)
-        return Gather(3 * layer, 3 * self._gathered(fsdp, ep, cp, tp, stacked=False))
+        dense, experts = self._gathered(fsdp, ep, cp, tp, stacked=True)
+        return Gather(3 * (dense + experts), 3 * sum(self._gathered(fsdp, ep, cp, tp, stacked=False)))
 
-    def _gathered(self, fsdp: int, ep: int, cp: int, tp: int, *, stacked: bool) -> float:
-        """Seconds in which one layer's weights, or those of the model's ends, are gathered."""
+    def _gathered(self, fsdp: int, ep: int, cp: int, tp: int, *, stacked: bool) -> tuple[float, float]:
+        """Seconds in which one layer's weights, or those of the model's ends, are gathered: experts' apart."""
         dense = experts = 0.0
         for shard in self._shards(1, fsdp, ep, tp, False):
             if shard.stacked == stacked:
@@ -261,7 +264,7 @@ class Prices:
                     dense += size
         # Over fsdp and ep lies everything but the experts, which ep has cut already.
         over_both, over_fsdp = self.group(tp * cp, ep * fsdp), self.group(tp * cp * ep, fsdp)
-        return over_both.all_gather(dense) + (over_fsdp.all_gather(experts) if experts else 0.0)
+        return over_both.all_gather(dense), over_fsdp.all_gather(experts) if experts else 0.0
 
     def _stationary(self, rows: int, fsdp: int, ep: int, cp: int, tp: int) -> float:
         """One layer's weights stay cut over fsdp and ep: its tokens are gathered to them, and the results summed."""
@@ -269,9 +272,12 @@ class Prices:
         if over.size == 1:
             return 0.0
         element = rows * over.size * self.size  # one feature of all the tokens
-        inwards = (config.heads + 2 * config.kv_heads) * config.head_dim / tp
-        inwards += (2 if config.gated_mlp else 1) * config.mlp / tp
-        return 4 * over.all_gather(element * config.embed) + 2 * over.all_reduce(element * inwards / 2)
+        ends = 2 * over.all_gather(element * config.embed)  # of a block: into it, and out of it
+        heads = (config.heads + 2 * config.kv_heads) * config.head_dim / tp
+        attention = ends + over.all_reduce(element * heads)
+        mlp = ends + over.all_reduce(element * (2 if config.gated_mlp else 1) * config.mlp / tp)
+        _, experts = self._gathered(fsdp, ep, cp, tp, stacked=True)
+        return attention + (1 - self.sparse_share) * mlp + experts
 
     # Once a step.
 

@@ -56,6 +56,7 @@ class Work(NamedTuple):
     scores_moved: float  # bytes that attention reads and writes besides its products
     moved: float  # bytes that everything else reads and writes
     kernels: int  # launches
+    experts: int = 0  # how many of `weights`, the last ones, are against experts' weights
 
     @property
     def flops(self) -> float:
@@ -127,17 +128,14 @@ def forward(config: ModelConfig, kind: LayerKind, cut: Cut, *, attention: Attent
     # Between the products the residual stream is held whole by every tp device, unless the sequence is cut there too.
     whole = tokens / tp if cut.sequence_parallel else tokens
     dense = projections(config.heads, config.kv_heads, config.head_dim, d, config.mlp, config.gated_mlp, tokens, tp)
-    weights, routed, kernels = dense, 0.0, 0
+    weights, experts, routed, kernels = dense, 0, 0.0, 0
     if kind.sparse:
         moe, wide = config.experts, config.experts.mlp / tp
         met = tokens * moe.experts_per_token  # assignments that the experts of this device get, on average
         held = moe.experts / cut.ep
-        weights = (
-            *dense[:2],
-            Matmul(tokens, moe.experts, d),
-            Matmul(met / held, 2 * wide, d, held),
-            Matmul(met / held, d, wide, held),
-        )
+        used = held * (1 - (1 - 1 / held) ** met)  # a few tokens, as in decoding, leave some experts unread
+        chosen = Matmul(met / used, 2 * wide, d, used), Matmul(met / used, d, wide, used)
+        weights, experts = (*dense[:2], Matmul(tokens, moe.experts, d), *chosen), len(chosen)
         # Every assignment of the ep peers' tokens passes through the sort, met here or not: rows out and back.
         routed = 4.0 * met * cut.ep * d * size
         kernels = _ROUTING_KERNELS
@@ -157,7 +155,7 @@ def forward(config: ModelConfig, kind: LayerKind, cut: Cut, *, attention: Attent
         moved += whole * d * 2  # dropout's masks on both branches
     kernels += len(weights) + len(scores) + _OTHER_KERNELS
     kernels += _MATERIALISED_KERNELS if attention == "materialised" else -1  # fused: both products are one kernel
-    return Work(weights, scores, scores_moved, moved, kernels)
+    return Work(weights, scores, scores_moved, moved, kernels, experts)
 
 
 def backward(work: Work, attention: Attention) -> Work:

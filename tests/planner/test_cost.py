@@ -16,7 +16,7 @@ from tbjax.pipeline.simulate import Times, simulate
 from tbjax.planner.cost import bubble_share, mfu, step_time, tokens_per_second
 from tbjax.planner.hardware import cluster
 from tbjax.planner.stack import MEGATRON_2021, SUSTAINED, XLA
-from tbjax.planner.work import training_flops
+from tbjax.planner.work import forward_flops, training_flops
 from tbjax.planner.workload import Layout, Schedule, Workload
 from tbjax.sharding import ShardingStrategy
 
@@ -75,6 +75,7 @@ def test_rows_are_predicted_without_their_hidden_size(rows):
     assert calibrate.blind_error(blind, several_nodes=False) <= 0.16
 
 
+@pytest.mark.slow
 def test_single_node_rows_are_predicted_without_their_degree_of_tensor_parallelism(rows):
     blind = calibrate.left_out(rows, calibrate.KEYS["tp"])
     assert calibrate.blind_error(blind, several_nodes=False) <= 0.08
@@ -300,6 +301,19 @@ def test_decoding_moves_tokens_to_cut_weights_rather_than_weights_to_tokens():
     cut = serving(fsdp=8)
     gathered = 2 * 7.5e9 * 7 / 8 / cluster("h100:8").hardware.link_bandwidth
     assert cut.decode < gathered
+
+
+def test_one_sequence_reads_only_the_experts_it_is_sent_to():
+    one = dataclasses.replace(SERVING, global_batch=1)
+    many = dataclasses.replace(SERVING, global_batch=64)
+    sparse = serving("h100:8", config=MIXTRAL, workload=one, tp=8).parts["matmul"]
+    assert serving("h100:8", config=MIXTRAL, workload=many, tp=8).parts["matmul"] > 2 * sparse
+
+
+def test_mfu_of_serving_counts_each_token_once_forwards():
+    time, machine = serving(tp=8), cluster("h100:8")
+    expected = forward_flops(LLAMA, 4096) * 16 * 4096 / time.total / (8 * machine.hardware.flops["bfloat16"])
+    assert mfu(time, LLAMA, SERVING, machine) == pytest.approx(expected)
 
 
 # Speed.

@@ -149,8 +149,10 @@ def test_experts_do_the_work_of_the_active_parameters_only():
     cut = Cut(1, 4096)
     work = forward(config, config.layer_kinds[0], cut, attention="fused", size=2)
     routed = sum(matmul.flops for matmul in work.weights[3:])
-    assert routed == 2 * cut.tokens * 2 * 3 * 4096 * 14336  # two experts of three matrices for each token
-    assert all(matmul.copies == 8 for matmul in work.weights[3:])
+    assert routed == pytest.approx(
+        2 * cut.tokens * 2 * 3 * 4096 * 14336
+    )  # two experts of three matrices for each token
+    assert all(matmul.copies == pytest.approx(8) for matmul in work.weights[3:])
 
 
 def test_ep_leaves_the_flops_and_divides_the_weights_that_are_read():
@@ -159,7 +161,7 @@ def test_ep_leaves_the_flops_and_divides_the_weights_that_are_read():
         forward(config, config.layer_kinds[0], Cut(1, 4096, ep=ep), attention="fused", size=2) for ep in (1, 8)
     )
     assert spread.flops == pytest.approx(alone.flops)
-    assert spread.weights[3].copies == 1
+    assert spread.weights[3].copies == pytest.approx(1)
     assert spread.moved > alone.moved  # its peers' tokens pass through the sort
 
 

@@ -133,10 +133,12 @@ class Prices:
         return max(self._computed(matmul), moved / self.bandwidth)
 
     def score(self, matmul: Matmul) -> float:
-        """Seconds of a product of attention; fused, the largest of its three operands never leaves the chip."""
+        """Seconds of a product of attention. Fused, its scores stay on the chip: the face without a head dimension."""
         rows, columns, inner, copies = matmul
-        faces = rows * columns, columns * inner, inner * rows
-        moved = sum(faces) - (max(faces) if self.stack.attention == "fused" else 0.0)
+        wide = self.config.head_dim
+        moved = wide * (rows + columns + inner - wide)  # queries or outputs, and keys or values
+        if self.stack.attention == "materialised":
+            moved += rows * columns * inner / wide
         return max(self._computed(matmul), copies * moved * self.size / self.bandwidth)
 
     def _computed(self, matmul: Matmul) -> float:

@@ -280,11 +280,11 @@ def test_serving_is_a_prefill_and_a_decoding_step_for_each_further_token(layout)
     assert tokens_per_second(time, SERVING) == pytest.approx(16 * 1024 / time.total)
 
 
-def test_decoding_takes_as_long_as_reading_the_weights_and_the_cache():
-    one = dataclasses.replace(SERVING, global_batch=1)
-    time = serving("h100:1", workload=one)
+@pytest.mark.parametrize("batch", [1, 32])
+def test_decoding_takes_as_long_as_reading_the_weights_and_the_cache(batch):
+    time = serving("h100:1", workload=dataclasses.replace(SERVING, global_batch=batch))
     weights = 2 * (8.03e9 - 128256 * 4096)  # but for the table that is looked up
-    cache = 2 * 2 * 32 * 8 * 128 * (3072 + 512)
+    cache = batch * 2 * 2 * 32 * 8 * 128 * (3072 + 512)
     least = (weights + cache) / (cluster("h100:1").hardware.memory_bandwidth * XLA.memory_fraction)
     assert least < time.decode < 1.2 * least
 

@@ -175,7 +175,7 @@ class Space:
         for dim, size in self._cut_by[axis]:
             if size % degree:
                 what = _SPOKEN.get(dim, dim).format(size=size, config=self.config)
-                return Refusal(f"{axis} {dim}", f"{what} does not divide over {name}={degree}")
+                return Refusal(f"{axis} {dim}", f"{what} cannot be cut evenly over {name}={degree}")
         return None
 
     def _refuse_batch(self, degree: int, name: str) -> Refusal | None:
@@ -317,12 +317,12 @@ class Space:
 def fast_domain(cluster: Cluster) -> tuple[int, str]:
     """The devices among which tensor parallelism is worth its talk, and what to call them.
 
-    Without a fast fabric that is the host: PCIe is slow, the network slower.
+    Without a fabric that outruns PCIe that is the host: the network is slower still.
     """
     size, kind = cluster.fast_domain, cluster.hardware
     if kind.torus:
         return size, f"{size}-chip slice"
-    if kind.vendor == "nvidia" and size > 1:
+    if kind.vendor == "nvidia" and size > 1 and kind.link_bandwidth > kind.host_link:
         return size, f"{size}-GPU NVLink domain"
     unit = "GPU" if kind.vendor == "nvidia" else "device"
     return cluster.devices_per_host, f"{cluster.devices_per_host}-{unit} host"

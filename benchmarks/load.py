@@ -11,8 +11,8 @@ on a shared machine the times swing, the ratios much less.
 The limit is the fastest, in each round, of three ways to read the same bytes into fresh memory. On a virtual machine
 that hands freed memory back to its host, the first touch of a page waits for the host, which may take longer than all
 the rest, but not if another process has freed the page a moment ago. So every process waits a few seconds before its
-clock starts (`--settle`), and all meet memory that is equally fresh. With `--backed`, each writes as much memory as will
-be needed and lets it go just before: what remains is the work of the loader itself.
+clock starts (`--settle`), and all meet memory that is equally fresh. With `--backed`, each writes as much memory as
+will be needed and lets it go just before: what remains is the work of the loader itself.
 """
 
 import argparse

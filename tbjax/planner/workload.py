@@ -98,6 +98,9 @@ class Layout:
     def __post_init__(self) -> None:
         for name in (*AXES, "microbatches", "chunks"):
             _positive("Layout", name, getattr(self, name))
+        _one_of("Layout", "strategy", self.strategy, tuple(ShardingStrategy))
+        object.__setattr__(self, "strategy", ShardingStrategy(self.strategy))
+        object.__setattr__(self, "offload", tuple(self.offload))
         _one_of("Layout", "remat", self.remat, get_args(Remat))
         _one_of("Layout", "schedule", self.schedule, get_args(Schedule))
         for name in self.offload:

@@ -1,6 +1,7 @@
 """A model on disk in its own shape: each process writes and reads what its devices hold, in Orbax's format.
 
-A checkpoint is a folder that appears under its name only when every process has written its part:
+A checkpoint is a folder that appears under its name only when every process has written its part, in place of what may
+have stood there:
 
     parameters/   Orbax arrays, named by their paths in the tree (`stacks.0.0.attention.query.weight`)
     about/        JSON: the `ModelConfig`, and the companions: small text files that travel with the weights unread
@@ -17,20 +18,25 @@ takes the abstract model of the mesh it is to live on, and reads from the files 
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from tbjax.config import LayerKind, ModelConfig, MoE, Rope
+from tbjax.dtypes import narrows
+from tbjax.folders import check_free, in_first_process, put
 from tbjax.sharding import leaves
 
 # Raised when a reader of today would misread the files of then. 1: as described above.
 FORMAT = 1
+
+# What the checkpoint is called in the folder beside its place, where it is written.
+WHOLE = "whole"
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -52,20 +58,25 @@ class About:
 def save(model: Any, path: str | Path, *, companions: Mapping[str, str] | None = None, overwrite: bool = False) -> None:
     """Write `model` (which has a `.config`) to the folder `path`. Every process calls this with the same arguments.
 
-    With `overwrite`, a folder that stands there is removed first; it must be a checkpoint.
+    With `overwrite`, a checkpoint that stands there is replaced once the new one is whole.
     """
-    path = _local(path)
-    _make_room(path, overwrite)
+    path = _local(path).resolve()  # of a link, what it points to is replaced
+    partial = path.with_name(f".{path.name}.partial")  # a name on which all processes agree
+    in_first_process(lambda: _make_room(path, partial, overwrite))
     about = {
         "format": FORMAT,
         "config": dataclasses.asdict(model.config),
         "companions": dict(companions or {}),
     }
     arrays = _nested(_by_path(model))
-    with _checkpointer() as checkpointer:
-        checkpointer.save(
-            path, args=ocp.args.Composite(parameters=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
-        )
+    items = ocp.args.Composite(parameters=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
+    try:
+        with _checkpointer() as checkpointer:
+            checkpointer.save(partial / WHOLE, args=items)
+        in_first_process(lambda: put(partial / WHOLE, path))
+    finally:
+        if jax.process_index() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def restore(abstract_model: Module, path: str | Path) -> Module:
@@ -80,8 +91,9 @@ def restore(abstract_model: Module, path: str | Path) -> Module:
     with _checkpointer() as checkpointer:
         arguments = ocp.args.Composite(parameters=ocp.args.StandardRestore(_nested(wanted)))
         restored = checkpointer.restore(path, args=arguments).parameters
-    arrays = iter([_at(restored, name) for name in wanted])
-    return jax.tree.map(lambda _: next(arrays), abstract_model)
+    arrays = {name: _at(restored, name) for name in wanted}
+    _check_range({name: array for name, array in arrays.items() if narrows(stored[name].dtype, array.dtype)}, path)
+    return jax.tree.unflatten(jax.tree.structure(abstract_model), list(arrays.values()))
 
 
 def read_about(path: str | Path) -> About:
@@ -92,26 +104,27 @@ def read_about(path: str | Path) -> About:
         raise ValueError(
             f"{path} {what}: a folder written by tbjax.checkpoint.save (with parameters/ and about/) is needed."
         )
+    about_file = path / "about" / "metadata"
     with _checkpointer() as checkpointer:
-        about = checkpointer.restore(path, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
-        metadata: Any = checkpointer.metadata(path).item_metadata
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        found = about.get("format") if isinstance(about, dict) else type(about).__name__
-        raise ValueError(
-            f"{path}/about: format {found!r} is not {FORMAT}: it needs the release of tbjax that wrote it."
-        )
-    # Orbax keeps the tree of names; each leaf is what it noted of one array.
-    flat = jax.tree_util.tree_flatten_with_path(metadata.parameters.tree)[0]
-    parameters = {
-        jax.tree_util.keystr(key, simple=True, separator="."): jax.ShapeDtypeStruct(array.shape, array.dtype)
-        for key, array in flat
-    }
-    return About(config=_config(about["config"]), companions=about["companions"], parameters=parameters)
+        with _damage(about_file):
+            about = checkpointer.restore(path, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+            if about["format"] != FORMAT:
+                raise ValueError(f"format {about['format']!r} is not {FORMAT}: the release that wrote it can read it")
+            config, companions = _config(about["config"]), dict(about["companions"])
+        with _damage(path / "parameters" / "_METADATA"):
+            metadata: Any = checkpointer.metadata(path).item_metadata
+            # Orbax keeps the tree of names; each leaf is what it noted of one array.
+            flat = jax.tree_util.tree_flatten_with_path(metadata.parameters.tree)[0]
+            parameters = {
+                jax.tree_util.keystr(key, simple=True, separator="."): jax.ShapeDtypeStruct(array.shape, array.dtype)
+                for key, array in flat
+            }
+    return About(config=config, companions=companions, parameters=parameters)
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether a whole checkpoint of ours lies at `path`."""
-    path = Path(path)
+    """Whether a whole checkpoint of ours lies at `path`, by its folders; `read_about` looks into them."""
+    path = _local(path)
     return (path / "parameters").is_dir() and (path / "about").is_dir()
 
 
@@ -127,21 +140,35 @@ def _local(path: str | Path) -> Path:
     return Path(path).expanduser().absolute()  # Orbax takes no relative path
 
 
-def _make_room(path: Path, overwrite: bool) -> None:
-    """Raise unless `path` is free; with `overwrite`, free it. The first process looks and removes, the others wait."""
-    problem = ""
-    if path.exists() and not overwrite:
-        problem = f"{path} exists already: name another folder, or say overwrite."
-    elif path.exists() and not is_checkpoint(path):
-        problem = f"{path} exists and is not a checkpoint, so it is not overwritten: remove it, or name another folder."
-    if jax.process_count() > 1:  # all have looked before one removes
-        multihost_utils.sync_global_devices(f"tbjax.checkpoint looked at {path}")
-    if problem:
-        raise FileExistsError(problem)
-    if path.exists() and jax.process_index() == 0:
-        shutil.rmtree(path)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"tbjax.checkpoint made room at {path}")
+def objection(folder: Path) -> str:
+    """Why a folder does not look like a checkpoint of ours; nothing if it does."""
+    lacking = [name for name in ("about/metadata", "parameters/_METADATA") if not (folder / name).is_file()]
+    if lacking:
+        return f"it lacks {lacking[0]}"
+    # Orbax's own files have names that begin with an underscore, and one that says that all have been written.
+    ours = ("about", "parameters", "commit_success.txt")
+    strange = [entry.name for entry in sorted(folder.iterdir()) if entry.name not in ours and entry.name[0] != "_"]
+    return f"it holds {strange[0]}" if strange else ""
+
+
+def _make_room(path: Path, partial: Path, overwrite: bool) -> None:
+    """Raise unless `path` may be written; remove what a killed process left beside it."""
+    check_free(path, overwrite, objection)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+
+
+@contextlib.contextmanager
+def _damage(file: Path) -> Iterator[None]:
+    """Say which file it is that cannot be understood."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}" if isinstance(error, KeyError | AttributeError) else str(error)
+        raise ValueError(
+            f"{file} cannot be read: {what}. The checkpoint is damaged, or a newer tbjax wrote it, or it is not one."
+        ) from error
 
 
 def _by_path(model: nnx.Module) -> dict[str, Any]:
@@ -179,6 +206,19 @@ def _check(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> 
             raise ValueError(
                 f"{path}: {name} has shape {list(stored[name].shape)}, the model's has {list(struct.shape)}. "
                 "Restore it into a model made from its own config (read_about(path).config)."
+            )
+
+
+def _check_range(narrowed: Mapping[str, jax.Array], path: Path) -> None:
+    """Raise if a conversion to a dtype of less range has left something that is no finite number."""
+    if not narrowed:
+        return
+    finite = jax.jit(lambda arrays: {name: jnp.isfinite(array).all() for name, array in arrays.items()})(dict(narrowed))
+    for name, array in narrowed.items():
+        if not finite[name]:
+            raise ValueError(
+                f"{path}: {name} has values beyond the range of {array.dtype}: restore it with a dtype that can hold "
+                "them, such as float32."
             )
 
 

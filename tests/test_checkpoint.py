@@ -1,6 +1,8 @@
 """Orbax checkpoints: the same arrays on any mesh, whole or not there."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +50,12 @@ def test_restoring_converts_to_the_dtype_of_the_model_it_fills(model, saved):
     assert equal(restored, jax.tree.map(lambda array: array.astype(jnp.bfloat16), model))
 
 
+def test_a_number_that_the_wanted_dtype_cannot_hold_is_refused(model, tmp_path):
+    checkpoint.save(jax.tree.map(lambda array: 1e6 * array, model), tmp_path / "x")
+    with pytest.raises(ValueError, match=r"x: embedding\.weight has values beyond the range of float16"):
+        checkpoint.restore(api.abstract(model.config, (1, 8, 1), dtype="float16"), tmp_path / "x")
+
+
 def test_about_says_what_is_there_without_reading_it(model, saved):
     about = checkpoint.read_about(saved)
     assert about.config == model.config
@@ -75,9 +83,37 @@ def test_a_folder_that_stands_is_kept_unless_told(model, saved):
 
 def test_overwriting_removes_nothing_but_checkpoints(model, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="not a checkpoint"):
+    with pytest.raises(FileExistsError, match=r"does not look like a checkpoint.*lacks about/metadata"):
+        checkpoint.save(model, tmp_path, overwrite=True)
+    for folder in ("about", "parameters"):
+        (tmp_path / folder).mkdir()
+    with pytest.raises(FileExistsError, match=r"does not look like a checkpoint.*lacks about/metadata"):
+        checkpoint.save(model, tmp_path, overwrite=True)
+    for file in ("about/metadata", "parameters/_METADATA"):
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(FileExistsError, match=r"does not look like a checkpoint.*holds thesis\.tex"):
         checkpoint.save(model, tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_an_empty_folder_is_used_and_a_link_stays_a_link(model, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    checkpoint.save(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert checkpoint.is_checkpoint(tmp_path / "real")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_the_old_checkpoint_stays_until_the_new_one_is_whole(model, saved, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(model, saved, overwrite=True)
+    assert equal(checkpoint.restore(api.abstract(model.config, (2, 2, 2)), saved), model)
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
 def test_a_checkpoint_cut_short_is_not_one(model, tmp_path, monkeypatch):
@@ -94,6 +130,7 @@ def test_a_checkpoint_cut_short_is_not_one(model, tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         checkpoint.save(model, tmp_path / "x")
     assert not checkpoint.is_checkpoint(tmp_path / "x")
+    assert not any(tmp_path.iterdir())
     with pytest.raises(ValueError, match="does not exist"):
         checkpoint.read_about(tmp_path / "x")
 
@@ -114,6 +151,41 @@ def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path):
         checkpoint.read_about(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("about/metadata", None, r"about/metadata cannot be read: .*not found"),
+        ("about/metadata", "{", r"about/metadata cannot be read: Expecting property name"),
+        ("about/metadata", "[1]", r"about/metadata cannot be read: list indices"),
+        ("about/metadata", "{}", r"about/metadata cannot be read: KeyError: 'format'"),
+        ("about/metadata", '{"format": 9}', r"about/metadata cannot be read: format 9 is not 1"),
+        ("about/metadata", '{"format": 1, "config": {}}', r"about/metadata cannot be read: KeyError: 'layer_kinds'"),
+        ("parameters/_METADATA", None, r"parameters/_METADATA cannot be read"),
+        ("parameters/_METADATA", "{", r"parameters/_METADATA cannot be read: Expecting property name"),
+        ("parameters/_METADATA", "{}", r"parameters/_METADATA cannot be read: KeyError: 'tree_metadata'"),
+    ],
+)
+def test_what_is_damaged_is_named(saved, tmp_path, file, text, message):
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    (copy / file).unlink() if text is None else (copy / file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.read_about(copy)
+
+
+def test_a_field_that_this_release_does_not_know_is_named(saved, tmp_path):
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    about = json.loads((copy / "about/metadata").read_text())
+    about["config"]["novelty"] = 1
+    (copy / "about/metadata").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"about/metadata cannot be read: .*'novelty'.*newer tbjax"):
+        checkpoint.read_about(copy)
+
+
+def test_a_home_folder_is_found(saved, monkeypatch):
+    monkeypatch.setenv("HOME", str(saved.parent))
+    assert checkpoint.is_checkpoint(f"~/{saved.name}")
+
+
 def test_two_processes_save_together_and_restore_on_another_mesh(model, tmp_path):
     script = """
 import numpy as np
@@ -124,6 +196,13 @@ from tests import tiny
 config = tiny.our_config(tiny.BY_NAME["llama"])
 model = tbjax.from_config(config, (1, 4, 2))
 checkpoint.save(model, sys.argv[4])
+try:
+    checkpoint.save(model, sys.argv[4])
+except OSError as error:
+    assert "exists already" in str(error), error
+else:
+    raise SystemExit("what is there was not refused")
+checkpoint.save(model, sys.argv[4], overwrite=True)
 restored = checkpoint.restore(api.abstract(config, (1, 2, 4)), sys.argv[4])
 total = jax.jit(lambda tree: sum(abs(leaf).sum() for leaf in jax.tree.leaves(tree)))
 assert abs(total(model) - total(restored)) <= 1e-6 * total(model)

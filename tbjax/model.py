@@ -8,6 +8,7 @@ shape.
 A `Decoder` is a plain pytree: `jax.jit`, `jax.grad` and `jax.tree.map` take it as it is.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -45,6 +46,15 @@ class Hidden(NamedTuple):
     states: jax.Array  # [B, S, D], normalised
     cache: KVCache | None
     auxiliary_loss: jax.Array | None
+
+
+class Surroundings(NamedTuple):
+    """What every layer has to know of the tokens."""
+
+    keys: Keys
+    valid: jax.Array  # [B, S] marks real tokens
+    angles: Angles
+    window_angles: Angles  # of layers with a window
 
 
 class Block(nnx.Module):
@@ -168,11 +178,36 @@ class Decoder(nnx.Module):
         `dtype` is that of the matmuls and activations (default: the parameters'). `remat` is for training: what the
         backward pass computes again rather than keeps, see `tbjax.remat`.
         """
-        config = self.config
+        around = self.surroundings(tokens, attention_mask, positions, cache)
+        x = self.start(tokens, dtype)
+        loads, layers = [], []
+        for group, stack in enumerate(self.stacks):
+            old = None if cache is None else cache.layers[group]
+            x, new, load = self._run(group, stack, x, around, old, remat)
+            layers.append(new)
+            loads += load
+        if cache is not None:
+            cache = KVCache(layers, cast(jax.Array, around.keys.valid), cache.length + x.shape[1])
+        return Hidden(self.final_norm(x), cache, auxiliary_loss(loads))
+
+    def start(self, tokens: jax.Array, dtype: Any = None) -> jax.Array:
+        """What the first layer gets."""
+        # XLA gathers by few integer dtypes: token files' uint16 is not among them.
+        x = self.embedding(jnp.asarray(tokens).astype(jnp.int32), dtype)
+        scale = self.config.embed_scale
+        return x if scale is None else x * jnp.asarray(scale, x.dtype)
+
+    def surroundings(
+        self,
+        tokens: jax.Array,
+        attention_mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> Surroundings:
+        """What the layers have to know of `tokens`, having checked them."""
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers [batch, sequence], not {tokens.dtype}{list(tokens.shape)}.")
-        tokens = tokens.astype(jnp.int32)  # XLA gathers by few integer dtypes: token files' uint16 is not among them
         valid = jnp.ones(tokens.shape, bool) if attention_mask is None else _truths(attention_mask)
         for name, array in (("attention_mask", valid), ("positions", positions)):
             if array is not None and jnp.shape(array) != tokens.shape:
@@ -185,56 +220,47 @@ class Decoder(nnx.Module):
         whole = attention_mask is None and cache is None
         keys = Keys(slots, None if whole else known, jnp.maximum(jnp.cumsum(known, axis=1) - 1, 0) * known)
         positions = jnp.broadcast_to(slots, tokens.shape) if positions is None else jnp.asarray(positions)
+        config = self.config
+        turn = lambda table: None if table is None else rope.angles(table, config.head_dim, positions)  # noqa: E731
+        angles = turn(config.rope)
+        return Surroundings(keys, valid, angles, angles if config.window_rope is None else turn(config.window_rope))
 
-        x = self.embedding(tokens, dtype)
-        if config.embed_scale is not None:
-            x = x * jnp.asarray(config.embed_scale, x.dtype)
-        angles = {
-            table: None if table is None else rope.angles(table, config.head_dim, positions)
-            for table in {config.rope, config.window_rope, None}
-        }
-        loads, layers = [], []
-        for group, stack in enumerate(self.stacks):
-            old = None if cache is None else cache.layers[group]
-            x, new, load = self._run(group, stack, x, keys, angles, valid, old, remat)
-            layers.append(new)
-            loads += load
-        if cache is not None:
-            cache = KVCache(layers, known, cache.length + tokens.shape[1])
-        return Hidden(self.final_norm(x), cache, auxiliary_loss(loads))
-
-    def _run(
+    def repeat(
         self,
         group: int,
-        stack: Any,
+        blocks: Sequence[Block],
         x: jax.Array,
-        keys: Keys,
-        angles: dict,
-        valid: jax.Array,
-        cache: Any,
-        remat: Remat | None,
+        around: Surroundings,
+        cache: Any = None,
+        remat: Remat | None = None,
+    ) -> tuple[jax.Array, Any, list[RouterLoad]]:
+        """One repeat of a group's pattern, of which `blocks` are the layers."""
+        apply = rematerialised(lambda block, *args: block(*args), remat)
+        new, loads = [], []
+        for position, (block, kind) in enumerate(zip(blocks, self.config.groups[group].pattern, strict=True)):
+            angles = around.window_angles if kind.window else around.angles
+            old = None if cache is None else cache[position]
+            x, kv, load = apply(block, x, around.keys, angles, around.valid, old)
+            new.append(kv)
+            loads += [] if load is None else [load]
+        return x, None if cache is None else new, loads
+
+    def _run(
+        self, group: int, stack: Any, x: jax.Array, around: Surroundings, cache: Any, remat: Remat | None
     ) -> tuple[jax.Array, Any, list[RouterLoad]]:
         """All repeats of one group."""
-        config, pattern, repeats = self.config, *self.config.groups[group][:2]
-        ropes = [config.window_rope if kind.window and config.window_rope else config.rope for kind in pattern]
-
-        apply = rematerialised(lambda block, *args: block(*args), remat)
 
         def once(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
             blocks, old = layer
-            new, loads = [], []
-            for position, (block, table) in enumerate(zip(blocks, ropes, strict=True)):
-                x, kv, load = apply(block, x, keys, angles[table], valid, None if old is None else old[position])
-                new.append(kv)
-                loads += [] if load is None else [load]
-            return x, (None if old is None else new, loads)
+            x, new, loads = self.repeat(group, blocks, x, around, old, remat)
+            return x, (new, loads)
 
         xs = (list(stack), cache)
         if self.scan:
             x, (new, loads) = jax.lax.scan(once, x, xs)
             return x, new, loads
         outs = []
-        for index in range(repeats):
+        for index in range(self.config.groups[group].repeats):
             x, out = once(x, jax.tree.map(lambda a, index=index: a[index], xs))
             outs.append(out)
         new, loads = jax.tree.map(lambda *a: jnp.stack(a), *outs)

@@ -13,7 +13,7 @@ import dataclasses
 import enum
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -236,13 +236,18 @@ class Sharding:
             spec = PartitionSpec(spec[0], entry, None)
         return self._constrain(value, spec)
 
+    def per_device(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`function` run on each device's part of its arguments; in a pipeline, on each device of a stage."""
+        # A stage is itself inside a shard_map, whose mesh (with `pp` taken out) is then the one to use.
+        mesh = None if _inside_shard_map() else self.mesh
+        return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
     def _constrain(self, value: jax.Array, spec: PartitionSpec) -> jax.Array:
         if self.mesh.size == 1:
             return value
-        context = jax.sharding.get_abstract_mesh()
-        if context.empty or not any(kind == AxisType.Manual for kind in context.axis_types):
+        if not _inside_shard_map():
             return jax.lax.with_sharding_constraint(value, NamedSharding(self.mesh, spec))
-        return jax.lax.with_sharding_constraint(value, spec)  # inside a shard_map: its own mesh
+        return jax.lax.with_sharding_constraint(value, spec)  # on the shard_map's own mesh
 
     # The one function.
 
@@ -341,6 +346,11 @@ def _take_backward(rows: int, tokens: jax.Array, gradient: jax.Array) -> Any:
 
 
 _take.defvjp(_take_forward, _take_backward)
+
+
+def _inside_shard_map() -> bool:
+    context = jax.sharding.get_abstract_mesh()
+    return not context.empty and AxisType.Manual in context.axis_types
 
 
 def leading_dims(x: jax.Array) -> Dims:

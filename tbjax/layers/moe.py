@@ -75,12 +75,10 @@ class MixtureOfExperts(nnx.Module):
         tokens = self.sharding.activation(("batch", "sequence", None), x.shape)
         inwards, outwards = PartitionSpec("ep", None, "tp"), PartitionSpec("ep", "tp", None)
         gathers = "ep" in jax.tree.leaves(tuple(tokens))
-        run = jax.shard_map(
+        run = self.sharding.per_device(
             lambda *args: self._experts(*args, ep="ep", gathers=gathers),
-            mesh=self.sharding.mesh,
             in_specs=(tokens, tokens, tokens, inwards, inwards, outwards),
             out_specs=tokens,
-            check_vma=False,
         )
         return self.sharding.residual(run(*operands)), load
 

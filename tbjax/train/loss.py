@@ -88,12 +88,10 @@ def _over_devices(head: Head, states: jax.Array, weight: jax.Array, targets: jax
     if sharding.mesh.size == 1:
         result = run(*operands)
     else:
-        result = jax.shard_map(
+        result = sharding.per_device(
             run,
-            mesh=sharding.mesh,
             in_specs=(batch, used, PartitionSpec(*batch[:2])),
             out_specs=(PartitionSpec(), batch, stored) if gradients else PartitionSpec(),
-            check_vma=False,
         )(*operands)
     if not gradients:
         return result

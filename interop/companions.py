@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from interop.tokenizer import Tokenizer
+
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 # Appended to the name of a file that is not text (a SentencePiece model).
@@ -22,10 +24,12 @@ class Companions(NamedTuple):
 
     config: dict[str, Any]
     generation_config: dict[str, Any] | None
-    tokenizer: Any  # a transformers tokenizer, or None
+    tokenizer: Tokenizer | None
 
 
-def pack(config: Mapping[str, Any], generation_config: Mapping[str, Any] | None, tokenizer: Any) -> dict[str, str]:
+def pack(
+    config: Mapping[str, Any], generation_config: Mapping[str, Any] | None, tokenizer: Tokenizer | None
+) -> dict[str, str]:
     """File names and texts, to be read again by `unpack`."""
     files = {CONFIG: json.dumps(dict(config))}
     if generation_config:
@@ -40,15 +44,19 @@ def pack(config: Mapping[str, Any], generation_config: Mapping[str, Any] | None,
     return files
 
 
-def unpack(files: Mapping[str, str]) -> Companions | None:
-    """What `pack` put there; None where the files are not Hugging Face's (a model made from a bare `ModelConfig`)."""
+def unpack(files: Mapping[str, str], where: str) -> Companions | None:
+    """What `pack` put there; None where the files are not Hugging Face's (a model made from a bare `ModelConfig`).
+
+    `where` is what errors about the tokenizer name.
+    """
     if CONFIG not in files:
         return None
     generation_config = files.get(GENERATION_CONFIG)
+    its_own = dict(_as_bytes(name, text) for name, text in files.items() if name != GENERATION_CONFIG)
     return Companions(
         json.loads(files[CONFIG]),
         None if generation_config is None else json.loads(generation_config),
-        _tokenizer(files),
+        Tokenizer.from_files(its_own, where) if its_own.keys() - {CONFIG} else None,
     )
 
 
@@ -60,16 +68,7 @@ def _as_text(path: Path) -> tuple[str, str]:
         return path.name + ENCODED, base64.b64encode(content).decode()
 
 
-def _tokenizer(files: Mapping[str, str]) -> Any:
-    if not any("tokenizer" in name for name in files):
-        return None
-    from transformers import AutoTokenizer
-
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in files.items():
-            path = (Path(folder) / name.removesuffix(ENCODED)).resolve()
-            if not path.is_relative_to(Path(folder).resolve()):
-                raise ValueError(f"the checkpoint's companion file {name!r} points outside its folder.")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(base64.b64decode(text) if name.endswith(ENCODED) else text.encode())
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+def _as_bytes(name: str, text: str) -> tuple[str, bytes]:
+    if name.endswith(ENCODED):
+        return name.removesuffix(ENCODED), base64.b64decode(text)
+    return name, text.encode()

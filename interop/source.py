@@ -20,26 +20,15 @@ from interop.readers import Checkpoint, CheckpointError, open_checkpoint
 from interop.readers.gguf import parse
 from interop.readers.gguf_config import config_from_gguf, special_tokens
 from interop.readers.open import INDEX, PICKLED, SAFETENSORS, find_weights, read_index, read_json_object
+from interop.tokenizer import FILES as TOKENIZER_FILES
+from interop.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-# Any of these holds a vocabulary; without one there is no tokenizer.
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-COMPANIONS = (
-    CONFIG,
-    GENERATION_CONFIG,
-    *VOCABULARIES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    SAFETENSORS + INDEX,
-    PICKLED + INDEX,
-)
+# What is fetched of a repository before its weights.
+COMPANIONS = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, SAFETENSORS + INDEX, PICKLED + INDEX)
 
 # Fields that transformers must not act on: it takes an attribute of torch by the name that stands in the first two, and
 # fills the memory with labels of a classifier if it is told that there are enough of them.
@@ -78,19 +67,12 @@ class Source:
         """The tensors, not yet read."""
         return open_checkpoint(self.weights, trust_pickle=self.trust_pickle)
 
-    def tokenizer(self) -> Any:
-        """The `transformers` tokenizer, made on the first call; None where the checkpoint has none."""
-        return self._tokenizer
-
     @functools.cached_property
-    def _tokenizer(self) -> Any:
-        if any((self.folder / name).exists() for name in VOCABULARIES):
-            from transformers import AutoTokenizer
-
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, not yet made; None where the checkpoint has none."""
         if self.weights.suffix == ".gguf":
-            return _gguf_tokenizer(self.weights)
-        return None
+            return Tokenizer.from_folder(self.folder) or Tokenizer.from_gguf(self.weights)
+        return Tokenizer.from_folder(self.folder)
 
 
 def resolve(
@@ -251,19 +233,3 @@ def _embedded(name: str, revision: str | None) -> Path | None:
     folders = (found.submodule_search_locations or ()) if found else ()
     files = (Path(folder) / EMBEDDED[name].file for folder in folders)
     return next((file for file in files if file.exists()), None)
-
-
-def _gguf_tokenizer(file: Path) -> Any:
-    """The tokenizer inside a GGUF file, rebuilt by `transformers`."""
-    kind = parse(file).metadata.get("tokenizer.ggml.model")
-    if kind is None:
-        return None
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    # For a byte-level vocabulary the two give the same tokenizer (there is a test), but AutoTokenizer first reads the
-    # whole file again for a config that it does not need, which takes twice as long as the rest.
-    if kind == "gpt2":
-        return PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    return AutoTokenizer.from_pretrained(
-        file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
-    )

@@ -26,6 +26,7 @@ from interop.load import load_parameters
 from interop.readers.base import Checkpoint, Index, SourceTensor
 from interop.readers.memory import MEMORY
 from interop.readers.pickled import CARRIERS, as_numpy
+from interop.tokenizer import Tokenizer
 from tbjax.dtypes import float_dtype
 from tbjax.sharding import leaves
 
@@ -53,6 +54,7 @@ def from_torch(
     config_json = _config_json(module)
     translation = family(config_json["model_type"])
     config = translation.config(Fields(module.config.to_dict(), f"{type(module).__name__}.config"))
+    tokenizer = None if tokenizer is None else Tokenizer.of(tokenizer)
     origin = api.Origin(config_json, _generation_config_json(module), tokenizer)
     dtype = str(module.dtype).removeprefix("torch.") if dtype is None else dtype
     model = api.abstract(config, mesh, dtype=dtype, origin=origin)

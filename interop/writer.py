@@ -134,7 +134,7 @@ class CheckpointWriter:
             texts = {**texts, SAFETENSORS + INDEX: index}
         if tokenizer is not None:
             tokenizer.save_pretrained(self._partial)
-        for name, contents in texts.items():
+        for name, contents in texts.items():  # after the tokenizer, which may bring a config.json of its own
             text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
             (self._partial / name).write_text(text, encoding="utf-8")
         _flush([*(path for path in self._partial.rglob("*")), self._partial])

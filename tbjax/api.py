@@ -7,6 +7,7 @@ a `Decoder` that also knows where it came from: its tokenizer, its Hugging Face 
 
 import dataclasses
 import functools
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from interop import companions
 from interop.families import Fields, family
 from interop.load import DEFAULT_BUDGET, load_parameters
+from interop.tokenizer import Tokenizer
 from tbjax import checkpoint, generate
 from tbjax.config import ModelConfig
 from tbjax.dtypes import float_dtype
@@ -40,11 +42,25 @@ Prompt = str | Sequence[Message] | Sequence[str] | Sequence[int] | Sequence[Sequ
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Origin:
-    """Where a model came from: what Hugging Face keeps beside the weights."""
+    """Where a model came from: what Hugging Face keeps beside the weights.
+
+    It is a part of the model's tree structure, so two of the same content are equal: models that were loaded twice can
+    be mapped together, and what was compiled for one serves the other.
+    """
 
     config: Mapping[str, Any]  # config.json
     generation_config: Mapping[str, Any] | None = None
-    tokenizer: Any = None
+    tokenizer: Tokenizer | None = None
+
+    @functools.cached_property
+    def _content(self) -> tuple[str, Tokenizer | None]:
+        return json.dumps([self.config, self.generation_config], sort_keys=True, default=str), self.tokenizer
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Origin) and self._content == other._content
+
+    def __hash__(self) -> int:
+        return hash(self._content)
 
 
 class CausalLM(Decoder):
@@ -68,8 +84,8 @@ class CausalLM(Decoder):
 
     @property
     def tokenizer(self) -> Any:
-        """The `transformers` tokenizer, or None where the checkpoint has none."""
-        return self.origin.tokenizer if self.origin else None
+        """The `transformers` tokenizer, made on first use; None where the checkpoint has none."""
+        return self.origin.tokenizer.value if self.origin and self.origin.tokenizer else None
 
     def __call__(self, tokens: Any, attention_mask: Any = None, positions: Any = None) -> jax.Array:
         """Logits [B, S, V] of the next token after each of `tokens` [B, S], compiled."""
@@ -143,9 +159,10 @@ class CausalLM(Decoder):
         return self._require_tokenizer().decode(ids, skip_special_tokens=True)
 
     def _require_tokenizer(self) -> Any:
-        if self.tokenizer is None:
+        tokenizer = self.tokenizer
+        if tokenizer is None:
             raise ValueError("this model came without a tokenizer: give token ids in place of text.")
-        return self.tokenizer
+        return tokenizer
 
     def _require_origin(self) -> Origin:
         if self.origin is None:
@@ -190,7 +207,7 @@ def load(
     layout = {"sharding": sharding, "sequence_parallel": sequence_parallel, "scan": scan}
     if checkpoint.is_checkpoint(name_or_path):
         about = checkpoint.read_about(name_or_path)
-        beside = companions.unpack(about.companions)
+        beside = companions.unpack(about.companions, str(name_or_path))
         origin = None if beside is None else Origin(*beside)
         model = abstract(about.config, mesh, dtype=about.dtype if dtype is None else dtype, origin=origin, **layout)
         return checkpoint.restore(model, name_or_path)
@@ -200,7 +217,7 @@ def load(
     source = resolve(name_or_path, revision=revision, trust_pickle=trust_pickle)
     translation = family(source.config["model_type"])
     config = translation.config(Fields(source.config, f"{name_or_path}: config.json"))
-    origin = Origin(source.raw_config, source.generation_config, source.tokenizer())
+    origin = Origin(source.raw_config, source.generation_config, source.tokenizer)
     model = abstract(config, mesh, dtype=dtype, origin=origin, **layout)
     with source.open() as files:
         return load_parameters(model, config, translation, files, budget=budget, progress=progress)

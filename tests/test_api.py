@@ -1,5 +1,6 @@
 """The face: a checkpoint in, a model that answers as transformers does, a checkpoint out."""
 
+import dataclasses
 import json
 import logging
 import subprocess
@@ -13,6 +14,7 @@ import torch
 import transformers
 
 import tbjax
+from tbjax import api
 from tbjax.sharding import leaves
 from tests import tiny
 
@@ -126,10 +128,21 @@ def test_an_orbax_checkpoint_loads_like_any_other(folder, tmp_path):
     assert same(narrow, jax.tree.map(lambda array: array.astype("bfloat16"), model))
 
 
+def test_two_loads_of_one_checkpoint_are_one_kind_of_tree(folder):
+    one, two = (tbjax.load(folder, mesh=(2, 2, 2), progress=False) for _ in range(2))
+    assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(jax.tree.map(jnp.subtract, one, two)))
+    tokens, _ = tiny.batch(CASE)
+    one(tokens)
+    compiled = api._forward._cache_size()
+    two(tokens)
+    assert api._forward._cache_size() == compiled
+    assert one.origin == two.origin
+    assert one.origin != dataclasses.replace(two.origin, generation_config={"eos_token_id": 7})
+    assert one.origin != dataclasses.replace(two.origin, config={**two.origin.config, "eos_token_id": 7})
+
+
 def test_what_stays_whole_is_named(caplog):
     config = tiny.our_config(tiny.BY_NAME["llama"])
-    import dataclasses
-
     odd = dataclasses.replace(config, heads=4, kv_heads=1, head_dim=36, mlp=8, vocab_size=128)
     with caplog.at_level(logging.WARNING, logger="tbjax"):
         model = tbjax.from_config(odd, (1, 1, 8))

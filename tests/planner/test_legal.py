@@ -40,7 +40,7 @@ def reasons(meshes):
 
 
 def accepted(config, sizes):
-    """Whether a decoder can be laid out on a mesh of those sizes; stages of a pipeline aside, which need not be even."""
+    """Whether a decoder can be laid out on a mesh of those sizes; a pipeline's stages aside, which need not be even."""
     mesh = AbstractMesh((1, *sizes[1:]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     sharding = Sharding(mesh)
     try:

@@ -289,8 +289,17 @@ def test_the_compilers_bytes_rank_where_memory_is_the_objective(compiler):
 
 
 ONE_LAYOUT = {
-    **{"pp": 1, "dp": 1, "fsdp": 2, "ep": 1, "cp": 1, "tp": 2},
-    **{"strategy": "FULL_SHARD", "sequence_parallel": False, "microbatches": 2, "remat": "full", "offload": ()},
+    "pp": 1,
+    "dp": 1,
+    "fsdp": 2,
+    "ep": 1,
+    "cp": 1,
+    "tp": 2,
+    "strategy": "FULL_SHARD",
+    "sequence_parallel": False,
+    "microbatches": 2,
+    "remat": "full",
+    "offload": (),
 }
 
 

@@ -2,31 +2,36 @@
 
 A step has few moments at which memory can peak, and each has its own set of living arrays:
 
-    loss       activations kept for the backward pass, one chunk of logits, the head's weight and its gradient
-    backward   those activations, the gradients of all layers (one stack, written layer by layer), and everything that
-               computing one layer again and differentiating it needs at once
-    update     gradients, the optimizer's state and what it computes from them
+    loss        one chunk of logits, the head's weight and its gradient
+    backward    what computing one layer again and differentiating it needs, in its attention or its feed-forward part
+    embedding   the gradient of the table, before it is cut
+    update      new parameters gathered, where the optimizer works on parts of them
 
-Parameters and optimizer state are there throughout. The largest moment is what a device must have room for, and its
-parts are what `memory` returns; so the parts always sum to the total.
+Throughout there are parameters and optimizer state and, until the last layer's backward pass has ended, what the
+forward pass saved and the gradients of all layers: one stack for each weight, which exists from the beginning though
+it is filled layer by layer. The largest moment is what a device must have room for. Its parts are what `memory`
+returns, so parts always sum to the total.
 
 Everything is arithmetic on sizes: no arrays, no model. What depends on the model and a few degrees alone is cached, so
 that a search can ask for tens of thousands of layouts.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
-from tbjax.config import LayerKind, ModelConfig
-from tbjax.planner.device import Hardware
-from tbjax.planner.parameters import Shard, elements_per_device, layer_tensors, shards
+from tbjax.config import ModelConfig
+from tbjax.planner import liveness
+from tbjax.planner.device import Hardware, Vendor
+from tbjax.planner.liveness import Layer, Live
+from tbjax.planner.parameters import Shard, shards
 from tbjax.planner.workload import Layout, Schedule, Workload
 
 # Float32 logits that the loss computes at once on a device (`tbjax.train.loss.CHUNK_BYTES`).
 LOGITS_CHUNK = 128 * 2**20
+
+# Of what a program computes, the part that is lost between buffers of different sizes.
+FRAGMENTATION = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +50,8 @@ class Memory:
 def memory(config: ModelConfig, workload: Workload, layout: Layout, hardware: Hardware) -> Memory:
     """What one device of `hardware` holds when `workload` runs under `layout`."""
     if workload.training:
-        return _training(config, workload, layout, hardware)
-    return _inference(config, workload, layout, hardware)
+        return _training(config, workload, layout, hardware.vendor)
+    return _inference(config, workload, layout, hardware.vendor)
 
 
 def activations_in_flight(schedule: Schedule, stages: int, microbatches: int, chunks: int = 1) -> float:
@@ -68,125 +73,181 @@ def activations_in_flight(schedule: Schedule, stages: int, microbatches: int, ch
     return min(held, microbatches)
 
 
-def _training(config: ModelConfig, workload: Workload, layout: Layout, hardware: Hardware) -> Memory:
+# Training.
+
+
+def _training(config: ModelConfig, workload: Workload, layout: Layout, vendor: Vendor) -> Memory:
     rows = layout.rows(workload)
     tokens = rows * -(-workload.seq_len // layout.cp)
-    stored = int(workload.parameter_bytes)
-    compute = workload.compute_bytes
+    stored, compute = int(workload.parameter_bytes), _compute_bytes(workload, vendor)
     strategy = layout.strategy
-    sizes = _sizes(config, layout.tp, layout.ep, layout.sequence_parallel)
+    kinds = liveness.layers(config, layout.tp, layout.ep, layout.sequence_parallel)
+    share = -(-config.layers // layout.pp) / config.layers  # of the layers, on the fullest stage
 
-    held = elements_per_device(config, layout)
-    gradient_shards = shards(config, layout, cut=strategy.cuts_gradients)
-    gradients = sum(shard.local for shard in gradient_shards) * stored
-    if layout.microbatches > 1:
-        gradients *= 2  # the sum so far, and this microbatch's
-    state_shards = shards(config, layout, cut=strategy.cuts_optimizer)
-    state = sum(_state_elements(workload, shard) for shard in state_shards) * stored
+    held = shards(config, layout)
+    gradients = shards(config, layout, cut=strategy.cuts_gradients)
+    state = sum(_state(workload, shard) for shard in shards(config, layout, cut=strategy.cuts_optimizer)) * stored
+    stacks = sum(shard.tiled if vendor == "google" else shard.local for shard in gradients if shard.stacked) * stored
+    accumulated = sum(shard.local for shard in gradients) * stored if layout.microbatches > 1 else 0
 
-    layers = -(-config.layers // layout.pp)
     flight = activations_in_flight(layout.schedule, layout.pp, layout.microbatches, layout.chunks)
-    saved = layers * tokens * sizes.saved(layout.remat) * compute * flight
-    working = tokens * sizes.working * compute + rows * _attention_block(config, layout, workload)
-    gathered = sizes.weights * compute if _gathers(layout) else sizes.weights * compute * (compute < stored)
-    table = config.padded_vocab // layout.tp * config.embed
-    chunk = min(LOGITS_CHUNK, 4 * tokens * config.padded_vocab // layout.tp)
-    logits = 2 * chunk + table * (compute + 4)
+    saved = flight * share * tokens * compute * sum(kind.repeats * _saved(kind, layout.remat) for kind in kinds)
 
     host = 0
     if "optimizer" in layout.offload:
         host += state
-        state = -(-state // max(layers, 1))  # one layer's part is on the device while it is updated
+        state = math.ceil(state / (config.layers * share))  # one layer's part is on the device while it is updated
     if "activations" in layout.offload:
-        host += int(saved)
-        saved = 2 * saved / layers  # one layer's going out, one coming in
-    always = {"parameters": held * stored, "optimizer": state, "saved activations": int(saved)}
-    moments = {
-        "loss": {"gradients": gradients if layout.microbatches > 1 else 0, "logits and loss": logits},
-        "backward": {"gradients": gradients, "working set": int(working), "gathered weights": 2 * gathered},
+        host += math.ceil(saved)
+        saved *= 2 / (config.layers * share)  # one layer's on its way out or in, and the one that is computed with
+    throughout = {
+        "parameters": sum(shard.local for shard in held) * stored,
+        "optimizer": state,
+        "batch": 8 * tokens * layout.microbatches + 4 * tokens * config.head_dim,  # tokens and targets; rope's angles
+        "gradients": accumulated,
     }
-    return _worst(always, moments, host)
+    if vendor == "google" and compute < stored:
+        # The casts of all layers' weights are taken out of the loop over layers, and stay for the whole step.
+        throughout["cast weights"] = sum(shard.tiled for shard in held if shard.stacked) * compute
+    until_embedding = {"gradients": accumulated + stacks, "saved activations": math.ceil(saved)}
+
+    table = config.padded_vocab // layout.tp * config.embed
+    moments = {"loss": {**until_embedding, **_loss(config, layout, tokens, compute, stored)}}
+    cut = layout.fsdp * layout.ep if strategy.cuts_gradients else 1
+    head = table // cut * compute  # the head's gradient waits for the update, in the precision that it was summed in
+    for kind in kinds:
+        for name, live in _moments(kind, workload, layout, vendor, rows).items():
+            moments[f"backward of {name}"] = {**until_embedding, "head": head, **live}
+    moments["embedding"] = {"gradients": accumulated + stacks, "head": head, "embedding": table * (4 + compute)}
+    if strategy.cuts_optimizer and not strategy.cuts_parameters:
+        whole = max(shard.largest for shard in held) * stored
+        parts = sum(shard.local for shard in shards(config, layout, cut=True)) * stored
+        moments["update"] = {"gradients": accumulated or parts, "new parameters": parts + whole}
+    return _worst(throughout, moments, host)
 
 
-def _inference(config: ModelConfig, workload: Workload, layout: Layout, hardware: Hardware) -> Memory:
-    rows = layout.rows(workload)
-    compute = workload.compute_bytes
-    sizes = _sizes(config, layout.tp, layout.ep, layout.sequence_parallel)
-    tokens = rows * -(-workload.prompt_len // layout.cp)
-    layers = -(-config.layers // layout.pp)
-    cache = layers * rows * -(-workload.seq_len // layout.cp) * 2 * sizes.cached * compute
-    working = tokens * sizes.working * compute // 2
-    gathered = sizes.weights * compute if _gathers(layout) else 0
-    logits = 4 * rows * config.padded_vocab // layout.tp
-    always = {"parameters": int(elements_per_device(config, layout) * workload.parameter_bytes), "KV cache": cache}
-    moments = {"prefill": {"working set": working, "gathered weights": gathered, "logits": logits}}
-    return _worst(always, moments, 0)
+def _compute_bytes(workload: Workload, vendor: Vendor) -> int:
+    """Bytes of an activation as the compiler keeps it: a CPU has no other floating point than float32."""
+    return 4 if vendor == "cpu" else workload.compute_bytes
 
 
-def _worst(always: Mapping[str, int], moments: Mapping[str, Mapping[str, int]], host: int) -> Memory:
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
-    parts = {name: size for name, size in {**always, **moments[moment]}.items() if size}
-    return Memory(parts, int(host), moment)
-
-
-def _gathers(layout: Layout) -> bool:
-    return layout.strategy.cuts_parameters and layout.fsdp * layout.ep > 1
-
-
-def _state_elements(workload: Workload, shard: Shard) -> int:
+def _state(workload: Workload, shard: Shard) -> int:
     """Elements of optimizer state for parameters of one kind, on one device."""
     match workload.optimizer:
         case "adamw":
             return 2 * shard.local
         case "adafactor":
-            return 0 if shard.matrix else shard.local
+            return 0 if shard.matrix else shard.local  # rows and columns of a matrix: nothing beside it
         case _:
             return shard.local
 
 
-class _Sizes(NamedTuple):
-    """Elements of one layer on one device, the most of any kind of layer: of a token, and of the weights."""
-
-    residual: int
-    dots: int
-    everything: int
-    working: int
-    weights: int
-    cached: int
-
-    def saved(self, remat: str) -> int:
-        return {"full": self.residual, "dots": self.residual + self.dots, "none": self.everything}[remat]
-
-
-@functools.lru_cache(maxsize=1024)
-def _sizes(config: ModelConfig, tp: int, ep: int, sequence_parallel: bool) -> _Sizes:
-    kinds = set(config.layer_kinds)
-    found = [_layer(config, kind, tp, ep, sequence_parallel) for kind in kinds]
-    return _Sizes(*(max(values) for values in zip(*found, strict=True)))
+def _saved(layer: Layer, remat: str) -> int:
+    """Elements of one token that a layer's forward pass leaves for its backward pass."""
+    if remat == "full":
+        return layer.residual
+    # Of the attention's output projection and, where a norm follows, of the feed-forward layer's.
+    outwards = layer.residual * (2 if layer.post_norm else 1)
+    matmuls = layer.queries + 2 * layer.keys + outwards + layer.router
+    if remat == "dots":
+        return layer.residual + matmuls + (0 if layer.experts else layer.inner)
+    wide = 2 * layer.residual  # what the norms gave
+    if layer.experts:
+        return layer.residual + matmuls + wide + layer.chosen * (2 * layer.inner + layer.embed)
+    return layer.residual + matmuls + wide + layer.queries + 2 * layer.inner
 
 
-def _layer(config: ModelConfig, kind: LayerKind, tp: int, ep: int, sequence_parallel: bool) -> _Sizes:
-    d = config.embed
-    residual = d // tp if sequence_parallel else d
-    q, kv = -(-config.heads // tp) * config.head_dim, -(-config.kv_heads // tp) * config.head_dim
-    if kind.sparse:
-        f = config.experts.mlp // tp * config.experts.experts_per_token
-        wide = d * config.experts.experts_per_token
-    else:
-        f, wide = config.mlp // tp, 0
-    inner = f * (2 if config.gated_mlp or kind.sparse else 1)
-    dots = q + 2 * kv + inner + 2 * residual
-    everything = 6 * residual + 3 * q + 4 * kv + 2 * inner + 2 * wide
-    working = max(3 * inner + 4 * d + 2 * wide, 4 * q + 4 * kv + 4 * d)
-    weights = sum(
-        tensor.count
-        // math.prod({"experts": ep, "mlp": tp, "heads": tp, "kv_heads": tp}.get(x or "", 1) for x in set(tensor.dims))
-        for tensor in layer_tensors(config, kind)
-    )
-    return _Sizes(residual, dots, everything, working, weights, kv)
+def _loss(config: ModelConfig, layout: Layout, tokens: int, compute: int, stored: int) -> dict[str, int]:
+    """The head's table as it is used, its gradient's sum in float32, a chunk of logits, states and their gradient."""
+    vocabulary = config.padded_vocab // layout.tp
+    whole = compute < stored or (layout.strategy.cuts_parameters and layout.fsdp * layout.ep > 1)
+    chunks = max(1, math.ceil(4 * tokens * vocabulary / LOGITS_CHUNK))
+    logits = math.ceil(tokens / chunks) * vocabulary
+    return {
+        "head": vocabulary * config.embed * (4 + compute * whole),
+        "logits": logits * (4 + compute),
+        "working set": 2 * tokens * config.embed * compute,
+    }
 
 
-def _attention_block(config: ModelConfig, layout: Layout, workload: Workload) -> int:
-    """Bytes of the scores that attention has at once for one sequence."""
-    heads = -(-config.heads // layout.tp)
-    return 4 * heads * min(workload.seq_len, 512) * workload.seq_len
+def _moments(layer: Layer, workload: Workload, layout: Layout, vendor: Vendor, rows: int) -> dict[str, dict[str, int]]:
+    """What a layer has alive at each moment of its backward pass."""
+    sequence = -(-workload.seq_len // layout.cp)
+    tokens, compute = rows * sequence, _compute_bytes(workload, vendor)
+    block = liveness.block_of(sequence, workload.seq_len, rows * layer.heads)
+    scores = rows * layer.heads * block * workload.seq_len
+    whole = block == sequence
+    fused = vendor == "nvidia" and compute == 2 and layer.queries // layer.heads <= 128
+    attention = liveness.FUSED if fused else liveness.ATTENTION[vendor]
+    feed_forward = liveness.FEED_FORWARD[vendor]
+    if whole and not fused:
+        feed_forward = feed_forward._replace(scores=1)
+
+    gathered = 0
+    if layout.strategy.cuts_parameters and layout.fsdp * layout.ep > 1:
+        # All of a layer's weights but the first that the backward pass has done with.
+        gathered = (layer.weights - layer.outwards) * compute
+    result = {}
+    for name, live in (("feed-forward", feed_forward), ("attention", attention)):
+        result[name] = {
+            "working set": math.ceil(tokens * compute * _width(layer, live, layout, vendor)),
+            "scores": math.ceil(scores * live.scores * (4 + compute / live.scores)) if live.scores else 0,
+            "gathered weights": gathered,
+        }
+    return result
+
+
+def _width(layer: Layer, live: Live, layout: Layout, vendor: Vendor) -> float:
+    """Elements a token that are alive."""
+    embed = live.embed * layer.embed
+    if layout.sequence_parallel:
+        whole = min(live.embed, liveness.GATHERED[vendor])
+        embed = whole * layer.embed + (live.embed - whole) * layer.residual
+    width = embed + live.queries * layer.queries + live.keys * layer.keys
+    if not layer.experts:
+        return width + live.inner * layer.inner
+    # Tokens of all ep peers are gathered, and each is there once for each of its experts. XLA for NVIDIA has no ragged
+    # matmul: it makes a copy for every expert that the device holds, with zeros for those that are another's.
+    copies = layout.ep * layer.chosen
+    if vendor == "nvidia":
+        spread = layer.experts * (2.5 * layer.inner + 2 * layer.embed)
+        return width + copies * (spread + live.rows * layer.embed)
+    return width + copies * (live.inner * layer.inner + live.rows * layer.embed)
+
+
+# Inference.
+
+
+def _inference(config: ModelConfig, workload: Workload, layout: Layout, vendor: Vendor) -> Memory:
+    rows = layout.rows(workload)
+    compute = workload.compute_bytes
+    kinds = liveness.layers(config, layout.tp, layout.ep, layout.sequence_parallel)
+    share = -(-config.layers // layout.pp) / config.layers
+    prompt = -(-workload.prompt_len // layout.cp)
+    slots = -(-workload.seq_len // layout.cp)
+    cache = math.ceil(share * rows * slots * compute * sum(kind.repeats * kind.cached for kind in kinds))
+    of_layer = rows * slots * compute * max(kind.cached for kind in kinds)
+    throughout = {
+        "parameters": math.ceil(sum(shard.local for shard in shards(config, layout)) * workload.parameter_bytes),
+        "KV cache": cache,
+    }
+    moments = {"decode": {"working set": of_layer}}
+    gathers = layout.strategy.cuts_parameters and layout.fsdp * layout.ep > 1
+    for kind in kinds:
+        block = liveness.block_of(prompt, slots, rows * kind.heads)
+        moments["prefill"] = {
+            "working set": 2 * of_layer
+            + rows * prompt * compute * (2 * kind.embed + kind.queries + kind.keys * 2 + kind.inner),
+            "scores": rows * kind.heads * block * slots * (4 + compute),
+            "gathered weights": kind.weights * compute if gathers else 0,
+        }
+    return _worst(throughout, moments, 0)
+
+
+def _worst(throughout: Mapping[str, int], moments: Mapping[str, Mapping[str, int]], host: int) -> Memory:
+    """The parts at the largest moment; `throughout` is there at every one, unless the moment says otherwise."""
+    worst = max(moments, key=lambda name: sum({**throughout, **moments[name]}.values()))
+    parts = {**throughout, **moments[worst]}
+    computed = sum(size for name, size in parts.items() if name not in ("parameters", "optimizer", "batch", "KV cache"))
+    parts["fragmentation"] = int(FRAGMENTATION * computed)
+    return Memory({name: size for name, size in parts.items() if size}, int(host), worst)

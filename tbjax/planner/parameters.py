@@ -10,11 +10,16 @@ Tensors that are cut alike are summed once per model (`Shard`), so that a layout
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tbjax.config import LayerKind, ModelConfig
 from tbjax.planner.workload import Layout
 from tbjax.sharding import PARAMETER_AXES, Dims
+
+# A TPU stores the two innermost dimensions of a 32-bit array in tiles of so many rows and columns, the last of them
+# filled up.
+TILE = (8, 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Shard(NamedTuple):
     matrix: bool  # two dimensions or more in one layer, as factored and orthogonal optimizers ask
     elements: int  # of the whole model
     local: int  # of one device
+    tiled: int  # of one device where arrays are stored in tiles, as on TPU: see `tiled`
+    largest: int  # of one device, of the largest single tensor
 
 
 @functools.lru_cache(maxsize=256)
@@ -156,13 +163,25 @@ def _shards(config: ModelConfig, pp: int, fsdp: int, ep: int, tp: int, cut: bool
     for tensor in tensors(config):
         ways = _ways(tensor, sizes, cut)
         axes = tuple(axis for axes in ways for axis in axes)
-        layers = -(-tensor.shape[0] // pp) if tensor.stacked else 1
-        rest = tensor.shape[1:] if tensor.stacked else tensor.shape
-        within = math.prod(sizes[axis] for axis in axes if axis != "pp")
-        total = sums.setdefault((axes, tensor.stacked, len(rest) > 1), [0, 0])
+        # Layers need not divide over the stages: the fullest stage counts.
+        held = [
+            -(-size // math.prod(sizes[axis] for axis in axes)) for size, axes in zip(tensor.shape, ways, strict=True)
+        ]
+        layers, rest = (held[0], held[1:]) if tensor.stacked else (1, held)
+        total = sums.setdefault((axes, tensor.stacked, len(rest) > 1), [0, 0, 0, 0])
         total[0] += tensor.count
-        total[1] += layers * math.prod(rest) // within
-    return tuple(Shard(*key, elements, local) for key, (elements, local) in sums.items())
+        total[1] += math.prod(held)
+        total[2] += layers * tiled(rest)
+        total[3] = max(total[3], math.prod(held))
+    return tuple(Shard(*key, *values) for key, values in sums.items())
+
+
+def tiled(shape: Sequence[int]) -> int:
+    """The elements that an array takes in tiles of 8 x 128, as TPUs store what a program computes."""
+    if len(shape) < 2:
+        return math.prod(shape)
+    *outer, rows, columns = shape
+    return math.prod(outer) * (-(-rows // TILE[0]) * TILE[0]) * (-(-columns // TILE[1]) * TILE[1])
 
 
 def _ways(tensor: Tensor, sizes: dict[str, int], cut: bool) -> list[tuple[str, ...]]:

@@ -1,0 +1,138 @@
+"""What one layer has alive at the worst moments of its backward pass, counted in arrays, for each compiler.
+
+A layer computed again for its backward pass leaves intermediate values of four widths behind, a row for each token: as
+wide as the residual stream, as the queries, as the keys, as the feed-forward layer. How many of each are alive at
+once is not in the program but in the order that a compiler chooses for it, and so it is counted, not derived: from the
+buffer assignments of the step for models whose sizes are all different, where every buffer tells by its shape what it
+is. The counts are those of these compilers at any size; the sizes are the model's and the layout's.
+
+    cuda   XLA's scheduler hides the gathers of FSDP behind matmuls and so puts off the gradients of weights: what they
+           are made of stays. Gate and up projection are one matmul, as their gradients are. cuDNN keeps no scores.
+    tpu    gradients of weights are taken at once. Few arrays stay, but scores are kept, one block of queries at a time.
+    cpu    computes in float32 whatever the program says, and keeps transposed copies for its matmuls.
+
+Where a layer scores all its queries at once (short sequences), the scores stay until the end of its backward pass.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from tbjax.config import LayerKind, ModelConfig
+from tbjax.planner.device import Vendor
+from tbjax.planner.parameters import layer_tensors
+
+# `tbjax.layers.attend`: the float32 scores that a block of queries may have on a device, and what its queries are a
+# multiple of.
+SCORE_BYTES = 64 * 2**20
+BLOCK_MULTIPLE = 128
+
+
+class Live(NamedTuple):
+    """Arrays alive at one moment, by their width; one of float32 counts as two of bfloat16."""
+
+    embed: float
+    queries: float
+    keys: float
+    inner: float  # for each of the matrices that lead into the feed-forward layer: two where it is gated
+    scores: float = 0  # copies of a block's scores in float32, and in the activations' precision
+    rows: float = 0  # with experts: as wide as the residual stream, one row for each expert of a token
+
+
+# The moment at which the gradients of the feed-forward layer are taken, all before it having been computed again.
+FEED_FORWARD: Mapping[Vendor, Live] = {
+    "nvidia": Live(embed=12, queries=2, keys=2, inner=2, rows=3),
+    "google": Live(embed=3, queries=2, keys=2, inner=1.5, rows=3),
+    "cpu": Live(embed=8, queries=2, keys=4, inner=4, rows=3),
+}
+# The moment at which those of attention are.
+ATTENTION: Mapping[Vendor, Live] = {
+    "nvidia": Live(embed=11, queries=4, keys=4, inner=0.5, scores=3),
+    "google": Live(embed=3, queries=4, keys=6, inner=0.5, scores=1),
+    "cpu": Live(embed=8, queries=4, keys=4, inner=1, scores=2),
+}
+# The same by cuDNN: there are no scores, and the gradients of the feed-forward layer's weights are still to be taken.
+FUSED = Live(embed=8, queries=4, keys=4, inner=2)
+
+# With sequence parallelism, the arrays of the residual stream that are whole on every tp device; the others are cut.
+GATHERED: Mapping[Vendor, float] = {"nvidia": 7, "google": 4, "cpu": 6}
+
+
+class Layer(NamedTuple):
+    """The sizes of one layer on one device."""
+
+    residual: int  # elements of the residual stream a token
+    embed: int
+    queries: int
+    keys: int
+    inner: int  # what leads into the feed-forward layer, both parts where it is gated
+    cached: int  # keys and values of one token
+    weights: int  # elements that the layer computes with
+    outwards: int  # of them, the matrix that leads out of the feed-forward layer (of all experts here)
+    experts: int  # experts that this device holds; 0: a dense layer
+    chosen: int  # experts of a token
+    router: int  # scores of a token's experts
+    heads: int
+    matrices: int  # that lead into the feed-forward layer
+    post_norm: bool
+    repeats: int  # how many such layers the model has
+
+
+@functools.lru_cache(maxsize=4096)
+def layers(config: ModelConfig, tp: int, ep: int, sequence_parallel: bool) -> tuple[Layer, ...]:
+    """The sizes of each kind of layer that the model has."""
+    return tuple(_layer(config, kind, tp, ep, sequence_parallel) for kind in dict.fromkeys(config.layer_kinds))
+
+
+def heads_on_device(heads: int, kv_heads: int, tp: int) -> tuple[int, int]:
+    """Query heads and key-value heads of a device, repeated or padded where tp does not divide them.
+
+    `tbjax.layers.attention.HeadLayout` again.
+    """
+    queries = heads // kv_heads
+
+    def fit(repeat: int) -> tuple[int, int, int]:
+        held = -(-kv_heads * repeat // tp)
+        return held, held * -(-queries // repeat), repeat
+
+    held, held_queries, _ = min(map(fit, range(1, queries + 1)))
+    return held_queries, held
+
+
+def _layer(config: ModelConfig, kind: LayerKind, tp: int, ep: int, sequence_parallel: bool) -> Layer:
+    d = config.embed
+    heads, kv_heads = heads_on_device(config.heads, config.kv_heads, tp)
+    matrices = 2 if config.gated_mlp or kind.sparse else 1
+    mlp = config.experts.mlp if kind.sparse else config.mlp
+    experts = config.experts.experts // ep if kind.sparse else 0
+    ways = {"experts": ep, "mlp": tp, "heads": tp, "kv_heads": tp}
+    return Layer(
+        residual=d // tp if sequence_parallel else d,
+        embed=d,
+        queries=heads * config.head_dim,
+        keys=kv_heads * config.head_dim,
+        inner=matrices * (mlp // tp),
+        cached=2 * kv_heads * config.head_dim,
+        weights=sum(
+            tensor.count // math.prod(ways.get(dim or "", 1) for dim in tensor.dims)
+            for tensor in layer_tensors(config, kind)
+        ),
+        outwards=max(experts, 1) * d * (mlp // tp),
+        experts=experts,
+        chosen=config.experts.experts_per_token if kind.sparse else 0,
+        router=config.experts.experts if kind.sparse else 0,
+        heads=heads,
+        matrices=matrices,
+        post_norm=config.norm_placement != "pre",
+        repeats=config.layer_kinds.count(kind),
+    )
+
+
+def block_of(queries: int, keys: int, heads: int) -> int:
+    """How many queries are scored at once: `tbjax.layers.attend.block_queries` again."""
+    fitting = SCORE_BYTES // (4 * keys * heads)
+    if fitting >= queries:
+        return queries
+    blocks = -(-queries // max(BLOCK_MULTIPLE, fitting))
+    return min(queries, -(-queries // blocks // BLOCK_MULTIPLE) * BLOCK_MULTIPLE)

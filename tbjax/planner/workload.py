@@ -138,4 +138,5 @@ def _positive(owner: str, name: str, value: object) -> None:
 
 def _one_of(owner: str, name: str, value: object, known: tuple[object, ...]) -> None:
     if value not in known:
-        raise ValueError(f"{owner}.{name}={value!r} is unknown: tbjax knows {', '.join(repr(str(name)) for name in known)}.")
+        words = ", ".join(repr(str(one)) for one in known)
+        raise ValueError(f"{owner}.{name}={value!r} is unknown: tbjax knows {words}.")

@@ -12,9 +12,10 @@ so that host memory stays bounded whatever the size. Exit codes: 0 done, 1 could
 
 import sys
 import time
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from tbjax.config import ModelConfig
 
 # JAX and all that needs it is imported where it is used: the help must not wait for it, and devices are chosen first.
+
+
+Result = TypeVar("Result")
 
 
 class Format(StrEnum):
@@ -69,7 +73,7 @@ def convert(
         raise typer.BadParameter("a destination is needed (or --dry-run).", param_hint="DST")
     with readable_errors(debug=debug):
         if dry_run:
-            _print_plan(source, shape, dtype, revision, trust_pickle)
+            asking_about_pickles(lambda trusted: _print_plan(source, shape, dtype, revision, trusted), trust_pickle)
         elif destination is not None:
             _check_destination(source, destination, overwrite)
             provide_cpu_devices(shape)
@@ -101,11 +105,13 @@ def _convert(
     import jax
 
     import tbjax
-    from tbjax import checkpoint, placement
+    from tbjax import placement
 
     began = time.perf_counter()
-    trusted = checkpoint.is_checkpoint(source) or _may_read(source, revision, trust_pickle)
-    model = tbjax.load(source, mesh, dtype=dtype, revision=revision, trust_pickle=trusted, progress=not quiet)
+    options = {"dtype": dtype, "revision": revision, "progress": not quiet}
+    model = asking_about_pickles(
+        lambda trusted: tbjax.load(source, mesh, trust_pickle=trusted, **options), trust_pickle
+    )
     tbjax.save(model, destination, to.value, overwrite=overwrite)
     if not quiet and jax.process_index() == 0:
         size = placement.readable(sum(array.nbytes for array in jax.tree.leaves(model)))
@@ -126,7 +132,7 @@ def _print_plan(source: str, mesh: Any, dtype: str | None, revision: str | None,
         from interop.families import Fields, family
         from interop.source import resolve
 
-        found = resolve(source, revision=revision, trust_pickle=_may_read(source, revision, trust_pickle))
+        found = resolve(source, revision=revision, trust_pickle=trust_pickle)
         translation = family(found.config["model_type"])
         config = translation.config(Fields(found.config, f"{source}: config.json"))
         model = _on_paper(config, mesh, dtype or config.dtype)
@@ -153,6 +159,22 @@ def _on_paper(config: "ModelConfig", mesh: Any, dtype: str) -> Any:
     return layout.place(jax.eval_shape(lambda: Decoder(config, layout, dtype=dtype)))
 
 
+def asking_about_pickles(read: Callable[[bool], Result], trust_pickle: bool) -> Result:
+    """`read(trust_pickle)`; where that meets a pickle that is not trusted, and on a terminal, after asking."""
+    from interop.readers.base import UntrustedPickle
+
+    try:
+        return read(trust_pickle)
+    except UntrustedPickle as error:
+        question = (
+            f"{error.file}: this is a pickle, which can carry a program. tbjax reads tensors from it and runs nothing, "
+            "but a safetensors file would leave no doubt. Read it?"
+        )
+        if not (sys.stdin.isatty() and typer.confirm(question)):
+            raise
+    return read(True)
+
+
 # --- At the door ------------------------------------------------------------------------------------------------------
 
 
@@ -162,22 +184,6 @@ def _check_destination(source: str, destination: Path, overwrite: bool) -> None:
         raise ValueError(f"{destination} is the source: name another folder.")
     if destination.exists() and not overwrite and (destination.is_file() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} exists already: name another folder, or give --overwrite.")
-
-
-def _may_read(source: str, revision: str | None, trust_pickle: bool) -> bool:
-    """Whether pickles may be opened: as told, else by asking on the terminal if the source is one."""
-    if trust_pickle or not sys.stdin.isatty():
-        return trust_pickle
-    from interop.readers.open import PICKLED
-    from interop.source import resolve
-
-    weights = resolve(source, revision=revision).weights
-    if weights.suffix not in (".bin", ".pt", ".pth") and not weights.name.startswith(PICKLED):
-        return False
-    return typer.confirm(
-        f"{weights} is a pickle, which can carry a program. tbjax reads tensors from it and runs nothing, "
-        "but a safetensors file would leave no doubt. Read it?"
-    )
 
 
 def _spelled(mesh: Any) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from interop.readers import Checkpoint, CheckpointError, open_checkpoint
+from interop.readers.base import UntrustedPickle
 from interop.readers.gguf import parse
 from interop.readers.gguf_config import config_from_gguf, special_tokens
 from interop.readers.open import INDEX, PICKLED, SAFETENSORS, find_weights, read_index, read_json_object
@@ -202,12 +203,25 @@ def _fetch(
         _snapshot(repository, revision, [name])
         if (folder / name).exists():
             return folder / name
-    pickles = (
-        f" If it has {PICKLED}: that is a pickle, which can carry a program. If you trust where it comes from, allow "
-        "it with trust_pickle=True (on the command line --trust-pickle)."
+    if not trust_pickle and _has_pickle(repository, revision, folder):
+        raise UntrustedPickle(f"{repository}: {PICKLED}, as it has no {SAFETENSORS}")
+    raise FileNotFoundError(
+        f"{repository} has neither {SAFETENSORS} nor {PICKLED}, or they are not in the local cache and the hub is out "
+        f"of reach. If it has a GGUF, name it: {repository}:FILE.gguf."
     )
-    has_no = f"{repository} has no {SAFETENSORS}.{'' if trust_pickle else pickles}"
-    raise FileNotFoundError(f"{has_no} If it has a GGUF, name it: {repository}:FILE.gguf.")
+
+
+def _has_pickle(repository: str, revision: str | None, folder: Path) -> bool:
+    """Whether the repository has weights as a pickle; none is fetched to find out."""
+    import huggingface_hub
+    import huggingface_hub.errors as hub
+
+    if any((folder / name).exists() for name in (PICKLED, PICKLED + INDEX)):
+        return True
+    try:
+        return huggingface_hub.file_exists(repository, PICKLED, revision=revision)
+    except (OSError, hub.HTTPError):  # pyright: ignore[reportPrivateImportUsage]
+        return False  # out of reach
 
 
 def _snapshot(repository: str, revision: str | None, files: Sequence[str]) -> Path:

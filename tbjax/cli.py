@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from interop.convert import Dtype, convert
+from interop.convert import Dtype, asking_about_pickles, convert
 from tbjax.pipeline.command import pipeline
 from tbjax.planner.command import plan, verify
 from tbjax.terminal import parse_mesh, provide_cpu_devices, readable_errors
@@ -37,7 +37,7 @@ def generate(
     dtype: Annotated[Dtype | None, typer.Option(help="Convert the weights; else they stay as they are.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
     trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Read PyTorch's .bin. No code in it is run.")
+        bool, typer.Option("--trust-pickle", help="Read PyTorch's .bin without asking. No code in it is run.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -47,7 +47,10 @@ def generate(
         provide_cpu_devices(shape)
         import tbjax
 
-        loaded = tbjax.load(model, shape, dtype=dtype, revision=revision, trust_pickle=trust_pickle)
+        options = {"dtype": dtype, "revision": revision}
+        loaded = asking_about_pickles(
+            lambda trusted: tbjax.load(model, shape, trust_pickle=trusted, **options), trust_pickle
+        )
         asked = [{"role": "user", "content": prompt}] if chat else prompt
         answer = loaded.generate(asked, max_new_tokens=max_new_tokens)
         Console(highlight=False, markup=False, soft_wrap=True).print(answer)

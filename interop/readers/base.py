@@ -31,6 +31,18 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read as it stands. The message names the file, and the tensor where there is one."""
 
 
+class UntrustedPickle(CheckpointError):
+    """A pickle that nobody has allowed to be opened; `file` says which."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__(
+            f"{file}: this is a pickle, which can carry a program. If you trust where it comes from, allow it with "
+            "trust_pickle=True (on the command line --trust-pickle). A safetensors file of the same weights avoids the "
+            "question."
+        )
+        self.file = file
+
+
 class SourceTensor(ABC):
     """One tensor of a checkpoint, not yet read."""
 

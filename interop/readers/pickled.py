@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from interop.readers.base import CheckpointError
+from interop.readers.base import CheckpointError, UntrustedPickle
 from interop.readers.memory import ArrayTensor
 
 # Types that numpy lacks travel as integers of the same width.
@@ -27,11 +27,7 @@ CARRIERS: dict[str, tuple[str, np.dtype]] = {
 def read_pickled(path: Path, *, trust_pickle: bool) -> list[ArrayTensor]:
     """The tensors of one `.bin` or `.pt` file."""
     if not trust_pickle:
-        raise CheckpointError(
-            f"{path}: this is a pickle, which can carry a program. If you trust where it comes from, allow it with "
-            "trust_pickle=True (on the command line --trust-pickle). A safetensors file of the "
-            "same weights avoids the question."
-        )
+        raise UntrustedPickle(str(path))
     contents = _load(path)
     if not isinstance(contents, Mapping):
         raise CheckpointError(f"{path}: holds a {type(contents).__name__}, not a dictionary of tensors.")

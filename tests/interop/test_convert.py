@@ -13,10 +13,12 @@ import safetensors.numpy
 import tokenizers
 import torch
 import transformers
+import typer
 from typer.testing import CliRunner
 
-from interop.convert import app
-from tbjax import checkpoint
+from interop.convert import app, asking_about_pickles
+from interop.readers.base import UntrustedPickle
+from tbjax import checkpoint, cli
 from tests import tiny
 from tests.interop import gguf_files
 
@@ -124,6 +126,56 @@ def test_on_a_terminal_it_asks_before_opening_a_pickle(pickled, tmp_path, answer
     assert (tmp_path / "out" / "model.safetensors").exists() == written
     assert process.returncode == (0 if written else 1)
     assert written or "error: " in errors
+
+
+class Terminal:
+    """Somebody who answers."""
+
+    def __init__(self, answer, monkeypatch):
+        self.answer, self.asked = answer, []
+        monkeypatch.setattr("sys.stdin", self)
+        monkeypatch.setattr(typer, "confirm", self.confirm)
+
+    def isatty(self):
+        return True
+
+    def confirm(self, question):
+        self.asked.append(question)
+        return self.answer
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_it_asks_only_where_there_is_a_pickle_and_reads_it_only_if_allowed(answer, monkeypatch):
+    """Whatever it is that is read: a folder, or a repository of which nothing has been fetched."""
+    terminal = Terminal(answer, monkeypatch)
+    assert asking_about_pickles(lambda trusted: "safetensors", False) == "safetensors"
+    assert asking_about_pickles(lambda trusted: trusted, True) is True
+    assert not terminal.asked
+    calls = []
+
+    def read(trusted):
+        calls.append(trusted)
+        if not trusted:
+            raise UntrustedPickle("org/model: pytorch_model.bin")
+        return "read"
+
+    if answer:
+        assert asking_about_pickles(read, False) == "read"
+    else:
+        with pytest.raises(UntrustedPickle):
+            asking_about_pickles(read, False)
+    assert calls == [False, True][: 1 + answer]
+    assert len(terminal.asked) == 1
+    assert terminal.asked[0].startswith("org/model: pytorch_model.bin: this is a pickle")
+
+
+def test_generate_asks_too(pickled, monkeypatch):
+    terminal = Terminal(False, monkeypatch)
+    with pytest.raises(typer.Exit):
+        cli.generate(str(pickled), "capital", mesh="1,8,1")
+    assert len(terminal.asked) == 1
+    terminal.answer = True
+    cli.generate(str(pickled), "capital", mesh="1,8,1", max_new_tokens=1)
 
 
 def test_a_dry_run_shows_a_mesh_that_is_not_there_and_writes_nothing(hf, tmp_path):

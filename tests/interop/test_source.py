@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from interop import source
 from interop.readers import CheckpointError
+from interop.readers.base import UntrustedPickle
 from interop.source import EMBEDDED, normalize_config, read_config, resolve
 from tests.interop import gguf_files
 
@@ -249,6 +250,9 @@ class Hub:
         snapshot.mkdir(parents=True, exist_ok=True)
         return str(snapshot)
 
+    def file_exists(self, repo_id: str, filename: str, *, revision: str | None = None) -> bool:
+        return (self.folder / repo_id / filename).exists()
+
     def downloaded(self) -> set[str]:
         return {file.name for file in (self.folder / "cache").rglob("*") if file.is_symlink()}
 
@@ -257,6 +261,7 @@ class Hub:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     fake = Hub(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "file_exists", fake.file_exists)
     return fake
 
 
@@ -294,10 +299,16 @@ def test_shards_are_fetched_by_the_index(hub: Hub) -> None:
 def test_pickles_are_not_even_fetched_unless_trusted(hub: Hub) -> None:
     folder = write_config(hub.folder / "org/model")
     torch.save({"w": torch.ones(2)}, folder / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors.*trust_pickle=True.*--trust-pickle"):
+    with pytest.raises(UntrustedPickle, match=r"no model\.safetensors.*trust_pickle=True.*--trust-pickle"):
         resolve("org/model")
     assert hub.downloaded() == {"config.json"}
     assert list(resolve("org/model", trust_pickle=True).open()) == ["w"]
+
+
+def test_a_repository_without_weights_is_not_taken_for_pickles(hub: Hub) -> None:
+    write_config(hub.folder / "org/model")
+    with pytest.raises(FileNotFoundError, match=r"org/model has neither .* name it: org/model:FILE\.gguf"):
+        resolve("org/model")
 
 
 def test_a_gguf_is_picked_by_name(hub: Hub) -> None:

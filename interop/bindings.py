@@ -12,7 +12,8 @@ parameters take from one fused tensor must tile it, or `bindings` and `source_sh
 import collections
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax.numpy as jnp
@@ -108,26 +109,7 @@ def check_checkpoint(
 
     A tied model may hold its embedding a second time; such pairs (copy, original) are returned, to be compared.
     """
-    files = sorted({str(tensor.file) for tensor in checkpoint.values()})
-    where = files[0] if len(files) == 1 else f"{len(files)} files, the first of them {files[0]}" if files else "no file"
-    missing = [name for name in shapes if name not in checkpoint]
-    if missing:
-        raise CheckpointError(
-            f"{where}: {_listed(missing, 'tensor')} of this {config.family} model {_are(missing)} missing. The "
-            "checkpoint is incomplete, or its config.json belongs to another model."
-        )
-    copies = tuple((copy, of) for copy, of in family.copies if copy in checkpoint and copy not in shapes)
-    known = {copy for copy, _ in copies}
-    unexpected = [
-        name
-        for name in checkpoint
-        if name not in shapes and name not in known and not any(re.fullmatch(p, name) for p in family.ignored)
-    ]
-    if unexpected:
-        raise CheckpointError(
-            f"{checkpoint[unexpected[0]].file}: {_listed(unexpected, 'tensor')} {_are(unexpected)} not part of this "
-            f"{config.family} model. Without them the results would be wrong: is config.json the checkpoint's own?"
-        )
+    copies = check_names(shapes, {name: tensor.file for name, tensor in checkpoint.items()}, config, family)
     expected = {**shapes, **{copy: shapes[original] for copy, original in copies}}
     wrong = [
         f"{name} has shape {list(checkpoint[name].shape)}, config.json asks for {list(shape)}"
@@ -143,6 +125,33 @@ def check_checkpoint(
         raise CheckpointError(
             f"{tensor.file}: {_listed(whole, 'tensor')} {_are(whole)} {tensor.dtype}: weights are floating-point "
             "numbers. If they are packed or quantised, load the checkpoint that they were made from."
+        )
+    return copies
+
+
+def check_names(
+    shapes: Collection[str], names: Mapping[str, Path], config: ModelConfig, family: Family
+) -> tuple[tuple[str, str], ...]:
+    """The part of `check_checkpoint` that needs only the tensors' names, and the files that they are in."""
+    files = sorted({str(file) for file in names.values()})
+    where = files[0] if len(files) == 1 else f"{len(files)} files, the first of them {files[0]}" if files else "no file"
+    missing = [name for name in shapes if name not in names]
+    if missing:
+        raise CheckpointError(
+            f"{where}: {_listed(missing, 'tensor')} of this {config.family} model {_are(missing)} missing. The "
+            "checkpoint is incomplete, or its config.json belongs to another model."
+        )
+    copies = tuple((copy, of) for copy, of in family.copies if copy in names and copy not in shapes)
+    known = {copy for copy, _ in copies}
+    unexpected = [
+        name
+        for name in names
+        if name not in shapes and name not in known and not any(re.fullmatch(p, name) for p in family.ignored)
+    ]
+    if unexpected:
+        raise CheckpointError(
+            f"{names[unexpected[0]]}: {_listed(unexpected, 'tensor')} {_are(unexpected)} not part of this "
+            f"{config.family} model. Without them the results would be wrong: is config.json the checkpoint's own?"
         )
     return copies
 

@@ -55,13 +55,13 @@ def convert(
     mesh: Annotated[
         str, typer.Option(help="dp,fsdp,tp (as 1,4,2) or axes by name (as ep=4,tp=2); auto: all devices on fsdp.")
     ] = "auto",
-    dtype: Annotated[Dtype | None, typer.Option(help="Convert the weights; else they stay as they are.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Convert the weights; else they are as config.json says.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="Read PyTorch's .bin without asking. No code in it is run.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read no weights, write nothing; print what would lie where.")
+        bool, typer.Option("--dry-run", help="Print what would lie where; read or fetch no weights, write nothing.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
@@ -75,8 +75,8 @@ def convert(
         if dry_run:
             asking_about_pickles(lambda trusted: _print_plan(source, shape, dtype, revision, trusted), trust_pickle)
         elif destination is not None:
-            _check_destination(source, destination, overwrite)
-            provide_cpu_devices(shape)
+            provide_cpu_devices(shape)  # before the first import of JAX
+            _check_destination(source, destination, to, overwrite)
             _convert(source, destination, to, shape, dtype, revision, trust_pickle, overwrite, quiet)
 
 
@@ -121,29 +121,51 @@ def _convert(
 
 
 def _print_plan(source: str, mesh: Any, dtype: str | None, revision: str | None, trust_pickle: bool) -> None:
-    """The table of what would lie where. Reads the source's headers and checks them against the model."""
+    """The table of what would lie where."""
     from tbjax import checkpoint, placement
+    from tbjax.mesh import spell
 
     if checkpoint.is_checkpoint(source):
         about = checkpoint.read_about(source)
         model = _on_paper(about.config, mesh, dtype or about.dtype)
     else:
-        from interop.bindings import bindings, check_checkpoint, source_shapes
-        from interop.families import Fields, family
-        from interop.source import resolve
-
-        found = resolve(source, revision=revision, trust_pickle=trust_pickle)
-        translation = family(found.config["model_type"])
-        config = translation.config(Fields(found.config, f"{source}: config.json"))
-        model = _on_paper(config, mesh, dtype or config.dtype)
-        with found.open() as tensors:
-            check_checkpoint(source_shapes(bindings(model, config, translation)), tensors, config, translation)
+        model = _look(source, mesh, dtype, revision, trust_pickle)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(placement.table(model, title=f"{source} on mesh {_spelled(mesh)}: nothing is written"))
+    console.print(placement.table(model, title=f"{source} on mesh {spell(dict(model.mesh.shape))}: nothing is written"))
+
+
+def _look(source: str, mesh: Any, dtype: str | None, revision: str | None, trust_pickle: bool) -> Any:
+    """The abstract model of a Hugging Face checkpoint, held against what is there.
+
+    That is all tensors' headers where the files are here. Of a hub repository only the config and the index are
+    fetched: shapes are then those that the config asks for, and names are checked if there is an index.
+    """
+    from interop.bindings import bindings, check_checkpoint, check_names, source_shapes
+    from interop.families import Fields, family
+    from interop.readers.open import INDEX, read_index
+    from interop.source import resolve
+
+    found = resolve(source, revision=revision, trust_pickle=trust_pickle, weights=False)
+    translation = family(found.config["model_type"])
+    where = f"{source}: config.json"
+    if found.complete:
+        with found.open() as tensors:
+            config = translation.config(Fields(found.config_for(tensors), where))
+            model = _on_paper(config, mesh, dtype or config.dtype)
+            check_checkpoint(source_shapes(bindings(model, config, translation)), tensors, config, translation)
+        return model
+    config = translation.config(Fields(found.config, where))
+    model = _on_paper(config, mesh, dtype or config.dtype)
+    if found.weights.name.endswith(INDEX):
+        names = {name: found.folder / file for name, file in read_index(found.weights).items()}
+        check_names(source_shapes(bindings(model, config, translation)), names, config, translation)
+    if dtype is None and found.config["dtype"] is None:
+        Console(stderr=True).print(f"{where} names no dtype; without the weights it is taken to be {config.dtype}.")
+    return model
 
 
 def _on_paper(config: "ModelConfig", mesh: Any, dtype: str) -> Any:
-    """The abstract model on a mesh that need not exist."""
+    """The abstract model on a mesh that need not exist; a size of -1 is filled from the devices that do."""
     import math
 
     import jax
@@ -153,8 +175,8 @@ def _on_paper(config: "ModelConfig", mesh: Any, dtype: str) -> Any:
     from tbjax.model import Decoder
     from tbjax.sharding import Sharding
 
-    asked = list(mesh.values() if isinstance(mesh, dict) else mesh or (jax.device_count(),))
-    sizes = axis_sizes(mesh, math.prod(asked))
+    asked = list(mesh.values() if isinstance(mesh, dict) else mesh or (-1,))
+    sizes = axis_sizes(mesh, jax.device_count() if -1 in asked else math.prod(asked))
     layout = Sharding(AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES)))
     return layout.place(jax.eval_shape(lambda: Decoder(config, layout, dtype=dtype)))
 
@@ -178,16 +200,21 @@ def asking_about_pickles(read: Callable[[bool], Result], trust_pickle: bool) -> 
 # --- At the door ------------------------------------------------------------------------------------------------------
 
 
-def _check_destination(source: str, destination: Path, overwrite: bool) -> None:
+def _check_destination(source: str, destination: Path, to: Format, overwrite: bool) -> None:
     """Raise before the work rather than after it."""
-    if Path(source).exists() and Path(source).resolve() == destination.resolve():
-        raise ValueError(f"{destination} is the source: name another folder.")
-    if destination.exists() and not overwrite and (destination.is_file() or any(destination.iterdir())):
-        raise FileExistsError(f"{destination} exists already: name another folder, or give --overwrite.")
+    from interop import writer
+    from tbjax import checkpoint
+    from tbjax.folders import check_free
 
-
-def _spelled(mesh: Any) -> str:
-    return "auto" if mesh is None else str(mesh)
+    path, destination = Path(source).expanduser(), destination.expanduser().resolve()
+    if path.exists():
+        # Where it is, and if it is a link, what it points to.
+        for place in (path.parent.resolve() / path.name, path.resolve()):
+            if destination == place or destination in place.parents:
+                raise ValueError(f"{destination} is or holds the source, {source}: name another folder.")
+            if place.is_dir() and place in destination.parents:
+                raise ValueError(f"{destination} lies in the source, {source}: name another folder.")
+    check_free(destination, overwrite, writer.objection if to is Format.HF else checkpoint.objection)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,18 @@ Nothing that comes with a checkpoint is executed: configs are read as data, remo
 open only with `trust_pickle`.
 """
 
+import collections
 import dataclasses
 import functools
 import importlib.util
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from interop.readers import Checkpoint, CheckpointError, open_checkpoint
-from interop.readers.base import UntrustedPickle
+from interop.readers.base import SourceTensor, UntrustedPickle
 from interop.readers.gguf import parse
 from interop.readers.gguf_config import config_from_gguf, special_tokens
 from interop.readers.open import INDEX, PICKLED, SAFETENSORS, find_weights, read_index, read_json_object
@@ -63,10 +65,26 @@ class Source:
     raw_config: dict[str, Any]  # as config.json has it
     generation_config: dict[str, Any]
     trust_pickle: bool = False
+    complete: bool = True  # the weights are there, not only the small files beside them
 
     def open(self) -> Checkpoint:
         """The tensors, not yet read."""
         return open_checkpoint(self.weights, trust_pickle=self.trust_pickle)
+
+    def config_for(self, tensors: Checkpoint) -> dict[str, Any]:
+        """The config, its dtype that of most numbers in `tensors` where it names none."""
+        named, stored = self.config["dtype"], stored_dtype(tensors)
+        if named is None:
+            return self.config | {"dtype": stored}
+        if stored not in (None, named):
+            log.info(
+                "%s: most numbers are stored as %s, and config.json says dtype %s, which is what a model has unless it "
+                "is loaded with another (dtype=).",
+                self.name,
+                stored,
+                named,
+            )
+        return self.config
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -82,22 +100,24 @@ def resolve(
     revision: str | None = None,
     trust_pickle: bool = False,
     families: Collection[str] | None = None,
+    weights: bool = True,
 ) -> Source:
     """Find a checkpoint, fetching it if need be, and read its config.
 
     `revision` is a branch, tag or commit of a hub repository. `families` are the values of `model_type` to accept; all
-    that tbjax does where it is None.
+    that tbjax does where it is None. With `weights=False` no weights are fetched from the hub, and the source is then
+    not `complete` (but for a GGUF, whose config is inside it).
     """
     name = str(name_or_path)
     path = Path(name_or_path).expanduser()
     if path.exists():
-        weights = find_weights(path) if path.is_dir() else path
-        return _source(name, weights, trust_pickle, families, config_beside=path.is_dir())
+        file = find_weights(path) if path.is_dir() else path
+        return _source(name, file, trust_pickle, families, config_beside=path.is_dir())
     import huggingface_hub.errors as hub
 
     try:
-        repository, _, file = name.partition(":")
-        weights = _fetch(repository, file, revision, trust_pickle, families)
+        repository, _, picked = name.partition(":")
+        file = _fetch(repository, picked, revision, trust_pickle, families, weights)
     except hub.HFValidationError as error:
         raise FileNotFoundError(f"{name}: there is no such file or folder, and it is no hub id: {error}") from error
     # All that the hub raises is one of these: not reached, refused, not there, not cached. HTTPError is its HTTP
@@ -112,7 +132,18 @@ def resolve(
             ) from error
         log.warning("%s: the hub did not give it, so the copy inside the package is used: %s", name, embedded)
         return _source(name, embedded, trust_pickle, families, config_beside=False)
-    return _source(name, weights, trust_pickle, families, config_beside=not file)
+    found = _source(name, file, trust_pickle, families, config_beside=not picked)
+    return dataclasses.replace(found, complete=weights or bool(picked))
+
+
+def stored_dtype(tensors: Mapping[str, SourceTensor]) -> str | None:
+    """What most of the numbers are kept in; None where none is of a dtype that a model can have."""
+    from interop.families.common import DTYPES
+
+    sizes: collections.Counter[str] = collections.Counter()
+    for tensor in tensors.values():
+        sizes[tensor.dtype.name] += math.prod(tensor.shape)
+    return next((name for name, _ in sizes.most_common() if name in DTYPES), None)
 
 
 def read_config(path: Path | str) -> dict[str, Any]:
@@ -180,9 +211,17 @@ def _source(
 
 
 def _fetch(
-    repository: str, file: str, revision: str | None, trust_pickle: bool, families: Collection[str] | None
+    repository: str,
+    file: str,
+    revision: str | None,
+    trust_pickle: bool,
+    families: Collection[str] | None,
+    weights: bool,
 ) -> Path:
-    """What `resolve` needs of a hub repository, in the local cache: the path of its weights."""
+    """What `resolve` needs of a hub repository, in the local cache: the path of its weights.
+
+    Without `weights`, that of their index, or where they would be.
+    """
     if file:
         if not file.endswith(".gguf"):
             raise CheckpointError(f"{repository}:{file}: only a .gguf can be picked from a repository by name.")
@@ -192,6 +231,9 @@ def _fetch(
         revision = folder.name  # the commit, so that the weights are of the same one even if the branch moves
     config = read_config(_present(folder, CONFIG, repository).parent)
     normalize_config(config, where=f"{repository}: {CONFIG}", families=families)
+    if not weights:
+        indices = (folder / f"{name}{INDEX}" for name in (SAFETENSORS, PICKLED))
+        return next((index for index in indices if index.exists()), folder / SAFETENSORS)
     for name in (SAFETENSORS, PICKLED) if trust_pickle else (SAFETENSORS,):
         index = folder / f"{name}{INDEX}"
         if index.exists():

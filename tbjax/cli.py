@@ -34,7 +34,7 @@ def generate(
         str, typer.Option(help="dp,fsdp,tp (as 1,4,2) or axes by name (as ep=4,tp=2); auto: all devices on fsdp.")
     ] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
-    dtype: Annotated[Dtype | None, typer.Option(help="Convert the weights; else they stay as they are.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Convert the weights; else they are as config.json says.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="Read PyTorch's .bin without asking. No code in it is run.")

@@ -3,10 +3,12 @@
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -16,6 +18,7 @@ import transformers
 import typer
 from typer.testing import CliRunner
 
+import tbjax
 from interop.convert import app, asking_about_pickles
 from interop.readers.base import UntrustedPickle
 from tbjax import checkpoint, cli
@@ -186,6 +189,14 @@ def test_a_dry_run_shows_a_mesh_that_is_not_there_and_writes_nothing(hf, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_fills_a_mesh_from_the_devices_that_there_are(hf):
+    output, _ = convert(hf, "--dry-run", "--mesh", "1,-1,2")
+    assert "on mesh (1, 4, 2)" in output
+    assert re.search(r"embedding\.weight .* 49\.2 kB +6\.1 kB", output)
+    _, errors = convert(hf, "--dry-run", "--mesh", "1,-1,3", code=1)
+    assert "needs a multiple of 3 devices, but there are 8" in errors
+
+
 def test_a_dry_run_works_on_orbax_and_needs_no_destination(hf, tmp_path):
     convert(hf, tmp_path / "orbax", "--to", "orbax", "--mesh", "1,8,1", "--dtype", "bfloat16")
     output, _ = convert(tmp_path / "orbax", "--dry-run", "--mesh", "1,4,2")
@@ -198,6 +209,54 @@ def test_a_dry_run_finds_what_the_conversion_would_stumble_on(hf, tmp_path):
     del weights["model.norm.weight"]
     safetensors.numpy.save_file(weights, folder / "model.safetensors")
     _, errors = convert(folder, "--dry-run", code=1)
+    assert "model.norm.weight" in errors
+
+
+@pytest.fixture
+def repository(hf, tmp_path, monkeypatch):
+    """A hub that has the model as `org/model`; its file names, as they are fetched, are in `fetched`."""
+    folder = shutil.copytree(hf, tmp_path / "repository")
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+
+    def download(name, *, revision, allow_patterns):
+        assert name == "org/model"
+        for file in folder.iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copy(file, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return folder, snapshot
+
+
+def test_a_dry_run_of_a_repository_fetches_no_weights(repository):
+    folder, snapshot = repository
+    output, errors = convert("org/model", "--dry-run", "--mesh", "1,4,2")
+    assert "float32[384,32]" in output
+    assert not errors
+    assert {file.name for file in snapshot.iterdir()} == {file.name for file in folder.iterdir()} - {
+        "model.safetensors"
+    }
+
+
+def test_a_dry_run_of_a_repository_says_what_it_cannot_know(repository):
+    folder, _ = repository
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    _, errors = convert("org/model", "--dry-run", "--mesh", "1,4,2")
+    assert "org/model: config.json names no dtype" in errors
+
+
+def test_a_dry_run_of_a_repository_holds_the_index_against_the_model(repository):
+    folder, _ = repository
+    names = dict.fromkeys(tensors(folder), "model-1-of-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    convert("org/model", "--dry-run", "--mesh", "1,4,2")
+    del names["model.norm.weight"]
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    _, errors = convert("org/model", "--dry-run", "--mesh", "1,4,2", code=1)
     assert "model.norm.weight" in errors
 
 
@@ -218,10 +277,42 @@ def test_a_destination_that_stands_is_kept_unless_told(hf, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_the_source_is_never_overwritten(hf):
-    _, errors = convert(hf, hf, "--overwrite", code=1)
-    assert "is the source" in errors
-    assert tensors(hf)
+@pytest.mark.parametrize("source", [".", "model.safetensors", "link.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize("destination", [".", "..", "../link"])
+def test_the_source_is_never_overwritten(hf, tmp_path, source, destination):
+    folder = shutil.copytree(hf, tmp_path / "models" / "tiny")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    (folder / "link.safetensors").symlink_to(
+        "/elsewhere/model.safetensors" if source == "." else hf / "model.safetensors"
+    )
+    (tmp_path / "models" / "link").symlink_to("tiny")
+    before = sorted(tmp_path.rglob("*"))
+    _, errors = convert(folder / source, folder / destination, "--overwrite", code=1)
+    assert "is or holds the source" in errors
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_nothing_is_written_into_the_source(hf):
+    _, errors = convert(hf, hf / "out", code=1)
+    assert "lies in the source" in errors
+    assert not (hf / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["hf", "orbax"])
+def test_what_stands_there_is_looked_at_before_the_weights_are_read(hf, tmp_path, form, monkeypatch):
+    monkeypatch.setattr(tbjax, "load", None)
+    (tmp_path / "thesis.tex").touch()
+    for options, message in (((), "not empty"), (("--overwrite",), "does not look like a checkpoint")):
+        _, errors = convert(hf, tmp_path, "--to", form, *options, code=1)
+        assert message in errors
+
+
+def test_an_empty_folder_is_written_to(hf, tmp_path):
+    for form in ("hf", "orbax"):
+        (tmp_path / form).mkdir()
+        convert(hf, tmp_path / form, "--to", form, "--mesh", "1,8,1")
+    assert checkpoint.is_checkpoint(tmp_path / "orbax")
+    assert same_tensors(hf, tmp_path / "hf")
 
 
 @pytest.mark.parametrize(

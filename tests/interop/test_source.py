@@ -280,6 +280,17 @@ def test_a_hub_id_fetches_only_what_is_needed_and_safetensors_first(hub: Hub) ->
     assert found.tokenizer.value("hello")["input_ids"] == [1]
 
 
+def test_without_weights_only_small_files_are_fetched(hub: Hub) -> None:
+    folder = write_model(hub.folder / "org/model")
+    found = resolve("org/model", weights=False)
+    assert hub.downloaded() == {"config.json"}
+    assert not found.complete
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "model-1.safetensors"}}))
+    assert resolve("org/model", weights=False).weights.name == "model.safetensors.index.json"
+    assert hub.downloaded() == {"config.json", "model.safetensors.index.json"}
+    assert resolve(folder, weights=False).complete
+
+
 def test_shards_are_fetched_by_the_index(hub: Hub) -> None:
     folder = write_config(hub.folder / "org/model")
     for number in (1, 2):

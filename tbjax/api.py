@@ -200,9 +200,9 @@ def load(
 
     `name_or_path` is a hub id, a folder, a .safetensors or .gguf file, or an Orbax checkpoint that tbjax wrote. `mesh`
     is `(dp, fsdp, tp)`, a dict of axes, a `jax.sharding.Mesh`, or None for all devices on fsdp; or a `Plan`, which
-    says `sharding` (otherwise FULL_SHARD) and `sequence_parallel` (otherwise False) too. `dtype` defaults to the
-    checkpoint's. Each process reads only what its own devices hold, with at most `budget` bytes of host memory in
-    flight.
+    says `sharding` (otherwise FULL_SHARD) and `sequence_parallel` (otherwise False) too. `dtype` defaults to
+    what config.json says, or else to what most numbers of the checkpoint are stored in. Each process reads only what
+    its own devices hold, with at most `budget` bytes of host memory in flight.
     """
     layout = {"sharding": sharding, "sequence_parallel": sequence_parallel, "scan": scan}
     if checkpoint.is_checkpoint(name_or_path):
@@ -216,10 +216,10 @@ def load(
 
     source = resolve(name_or_path, revision=revision, trust_pickle=trust_pickle)
     translation = family(source.config["model_type"])
-    config = translation.config(Fields(source.config, f"{name_or_path}: config.json"))
     origin = Origin(source.raw_config, source.generation_config, source.tokenizer)
-    model = abstract(config, mesh, dtype=dtype, origin=origin, **layout)
     with source.open() as files:
+        config = translation.config(Fields(source.config_for(files), f"{name_or_path}: config.json"))
+        model = abstract(config, mesh, dtype=dtype, origin=origin, **layout)
         return load_parameters(model, config, translation, files, budget=budget, progress=progress)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -72,6 +74,40 @@ def test_a_dtype_is_taken_on_the_way(folder):
     wide = tbjax.load(folder, mesh=(1, 8, 1), progress=False)
     assert {array.dtype for array in jax.tree.leaves(model)} == {jnp.dtype("bfloat16")}
     assert same(model, jax.tree.map(lambda array: array.astype("bfloat16"), wide))
+
+
+def stored(folder, path, change, **fields):
+    """A copy of the checkpoint whose tensors are `change`d and whose config has other `fields`."""
+    shutil.copytree(folder, path)
+    config = json.loads((path / "config.json").read_text()) | fields
+    (path / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    tensors = safetensors.torch.load_file(path / "model.safetensors")
+    safetensors.torch.save_file(
+        {name: change(name, tensor) for name, tensor in tensors.items()}, path / "model.safetensors"
+    )
+    return path
+
+
+def test_without_a_word_in_the_config_the_dtype_is_that_of_most_numbers(folder, tmp_path):
+    # More tensors are norms, more numbers are in the matrices.
+    path = stored(folder, tmp_path / "x", lambda name, x: x if "norm" in name else x.bfloat16(), dtype=None)
+    assert "dtype" not in json.loads((path / "config.json").read_text())
+    model = tbjax.load(path, mesh=(8, 1, 1), progress=False)
+    assert model.dtype == model.config.dtype == "bfloat16"
+    model.save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_config_is_believed_about_the_dtype_and_the_log_says_so(folder, tmp_path, caplog):
+    path = stored(folder, tmp_path / "x", lambda _, x: x, dtype="bfloat16")
+    with caplog.at_level(logging.INFO, logger="interop.source"):
+        assert tbjax.load(path, mesh=(8, 1, 1), progress=False).dtype == "bfloat16"
+        tbjax.load(folder, mesh=(8, 1, 1), progress=False)
+    messages = [record.getMessage() for record in caplog.records if record.name == "interop.source"]
+    assert messages == [
+        f"{path}: most numbers are stored as float32, and config.json says dtype bfloat16, which is what a model has "
+        "unless it is loaded with another (dtype=)."
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bool", int, "float8_e4m3fn", "float64", "foo", ""], ids=str)

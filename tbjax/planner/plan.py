@@ -23,7 +23,7 @@ from tbjax.planner.memory import Memory, memory
 from tbjax.planner.plain import plain, restore
 from tbjax.planner.search import KEPT, Candidate, Objective, anything_fits, missing
 from tbjax.planner.search import search as find
-from tbjax.planner.verify import Verification, verify
+from tbjax.planner.verify import CompilationError, Verification, verify
 from tbjax.planner.workload import Layout, Workload
 
 Search: TypeAlias = Literal["analytic", "verified"]
@@ -249,34 +249,43 @@ def maximum_batch(space: Space, layout: Layout) -> int:
 
 
 def verified(plan: Plan) -> Plan:
-    """The plan as the compiler sees it, who looks at the best few until enough of them fit.
+    """The plan as the compiler sees it, who looks at the best few, and further until one of them fits.
 
-    What it says does not fit is rejected. The others are ranked by its own estimate of cycles where it gives one (TPU),
-    by the bytes that it counted where memory is the objective, and otherwise as they were.
+    What it says does not fit, or refuses, is rejected. The others are ranked by its own estimate of cycles where it
+    gives one (TPU), by the bytes that it counted where memory is the objective, and otherwise as they were. Where it
+    lets none fit, its closest miss is the plan.
     """
     contenders = [Candidate(layout=plan.layout, memory=plan.memory, time=plan.time), *plan.candidates]
-    compiled: list[tuple[Candidate, Verification]] = []
-    for candidate in contenders:
-        if len(compiled) >= COMPILED and any(said.fits for _, said in compiled):
-            break
-        compiled.append((candidate, verify(plan.config, plan.workload, candidate.layout, plan.cluster)))
-    fitting = [(candidate, said) for candidate, said in compiled if said.fits]
+    fitting: list[tuple[Candidate, Verification]] = []
+    missed: list[tuple[Candidate, Verification]] = []
+    refused: list[Rejection] = []
+    left = list(contenders)
+    while left and (len(contenders) - len(left) < COMPILED or not fitting):
+        candidate = left.pop(0)
+        try:
+            said = verify(plan.config, plan.workload, candidate.layout, plan.cluster)
+        except CompilationError as error:
+            if not left and not fitting and not missed:
+                raise
+            reason = f"the compiler refuses: {' '.join(str(error).split())}"
+            refused.append(Rejection(reason=reason, count=1, example=candidate.layout.mesh))
+            continue
+        (fitting if said.fits else missed).append((candidate, said))
     if not fitting:
-        # The compiler's closest miss; what is left of the plan stands.
-        fitting = [max(compiled, key=lambda pair: pair[1].margin)]
-    if plan.objective == "memory":
+        missed.sort(key=lambda pair: -pair[1].margin)
+        fitting.append(missed.pop(0))
+    elif plan.objective == "memory":
         fitting.sort(key=lambda pair: pair[1].compiled.total)
     elif plan.workload.training and all(said.cycles for _, said in fitting):
         fitting.sort(key=lambda pair: pair[1].cycles)
     (best, said), *others = fitting
-    refused = [
+    refused += [
         Rejection(
-            reason=f"the compiler needs {words.gib(-said.margin)} more than a device has",
+            reason=f"the compiler needs {words.gib(-verdict.margin)} more than a device has",
             count=1,
             example=candidate.layout.mesh,
         )
-        for candidate, said in compiled
-        if not said.fits and candidate is not best
+        for candidate, verdict in missed
     ]
     return dataclasses.replace(
         plan,
@@ -286,6 +295,6 @@ def verified(plan: Plan) -> Plan:
         verification=said,
         fits=said.fits,
         missing=max(-said.margin, 0),
-        candidates=(*(candidate for candidate, _ in others), *contenders[len(compiled) :]),
+        candidates=(*(candidate for candidate, _ in others), *left),
         rejected=(*refused, *plan.rejected),
     )

@@ -12,6 +12,7 @@ from tbjax.planner.legal import Space
 from tbjax.planner.memory import memory
 from tbjax.planner.plan import Plan, plan
 from tbjax.planner.search import anything_fits, search
+from tbjax.planner.verify import CompilationError
 from tbjax.planner.workload import Layout, Workload
 from tests.planner import plans
 
@@ -223,7 +224,10 @@ def compiler(monkeypatch):
         def verify(config, workload, layout, where):
             asked.append(layout)
             program = said.programs[0]
-            total = where.hardware.usable - next(told)
+            margin = next(told)
+            if isinstance(margin, Exception):
+                raise margin
+            total = where.hardware.usable - margin
             sizes = {**program.bytes, "argument": 0, "output": 0, "alias": 0, "temp": total}
             changed = dataclasses.replace(program, bytes=sizes, cycles=cycles and cycles.pop())
             return dataclasses.replace(said, cluster=where, programs=(changed,))
@@ -269,6 +273,20 @@ def test_where_the_compiler_lets_none_fit_its_closest_is_the_plan(compiler):
     assert not verified.fits
     assert verified.layout == analytic.candidates[0].layout
     assert verified.missing == 2 << 30
+
+
+def test_what_the_compiler_refuses_is_rejected_with_its_words(compiler):
+    analytic = made()
+    compiler(CompilationError("out\nof memory"), 1, 1)
+    verified = made(search="verified")
+    assert verified.layout == analytic.candidates[0].layout
+    assert verified.rejected[0].reason == "the compiler refuses: out of memory"
+
+
+def test_where_the_compiler_refuses_everything_its_words_are_raised(compiler):
+    compiler(*[CompilationError("out of memory")] * 6)
+    with pytest.raises(CompilationError, match="out of memory"):
+        made(search="verified")
 
 
 def test_the_compilers_cycles_rank_where_it_gives_them(compiler):

@@ -179,9 +179,10 @@ def _comparisons(copy: SourceTensor, original: SourceTensor) -> Iterator[Job]:
             _untied(copy, original)
 
     for start in range(first, last, step):
-        index = (slice(start, min(start + step, last)),)
+        stop = min(start + step, last)
+        reads = (stop - start) * (copy.nbytes + original.nbytes) // rows
         held = 3 * BLOCK_BYTES  # both blocks where they must be decoded, and the comparison
-        yield Job(0, held, lambda: None, lambda index=index: compare(index))
+        yield Job(reads, held, lambda: None, lambda index=(slice(start, stop),): compare(index))
 
 
 def _untied(copy: SourceTensor, original: SourceTensor) -> NoReturn:

@@ -74,12 +74,6 @@ def read_safetensors(path: Path) -> tuple[MappedFile, list[MappedTensor]]:
     return file, [tensor for _, _, tensor in tensors]
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The free text that the writer left in the header."""
-    header, _ = _header(MappedFile(path))
-    return header.get(METADATA, {})
-
-
 def _header(file: MappedFile) -> tuple[dict[str, Any], int]:
     """The JSON object at the file's beginning, and where the numbers start."""
     path = file.path

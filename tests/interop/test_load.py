@@ -201,8 +201,11 @@ TIED = tiny.BY_NAME["llama-tied"]
 
 def test_a_tied_model_may_hold_its_embedding_twice():
     tensors = tiny.tensors(TIED)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
-    assert_is_checkpoint(load(TIED, tensors=tensors), TIED)
+    weights = sum(tensor.nbytes for tensor in tensors.values())
+    head = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    reports = []
+    assert_is_checkpoint(load(TIED, tensors=tensors, report=reports.append), TIED)
+    assert reports[0].bytes_read == weights + 2 * head.nbytes  # to be compared, both are read
 
 
 @pytest.mark.parametrize("row", [0, tiny.VOCABULARY - 1])

@@ -6,7 +6,8 @@
 
 Under no policy is a gathered weight kept: with FSDP that would keep the whole model on every device, so weights are
 gathered a second time. A gathered weight is a cast and a relayout of a stored one, and so all casts and relayouts are
-among what is computed again; others of them cost next to nothing.
+among what is computed again; others of them cost next to nothing. Nor are attention's scores ever kept: its backward
+pass is its own (`tbjax.layers.attend`).
 """
 
 from collections.abc import Callable
@@ -19,7 +20,10 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 # How a weight becomes what a matmul takes, by the names of JAX's primitives.
-CASTS_AND_RELAYOUTS = ("convert_element_type", "sharding_constraint")
+CASTS_AND_RELAYOUTS = ("convert_element_type", "sharding_constraint", "layout_constraint")
+
+# The parameters by which primitives hold the functions that they call.
+CALLED = ("call_jaxpr", "jaxpr")
 
 
 def rematerialised(layer: Callable[Arguments, Result], remat: Remat | None) -> Callable[Arguments, Result]:
@@ -37,5 +41,14 @@ def rematerialised(layer: Callable[Arguments, Result], remat: Remat | None) -> C
     return jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
 
 
-def _all_but_casts_and_relayouts(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name not in CASTS_AND_RELAYOUTS
+def _all_but_casts_and_relayouts(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    return not _is_cast_or_relayout(primitive, parameters)
+
+
+def _is_cast_or_relayout(primitive: Any, parameters: dict[str, Any]) -> bool:
+    """Whether a primitive is one of them, or calls nothing else."""
+    called = next((parameters[name] for name in CALLED if name in parameters), None)
+    if called is None:
+        return primitive.name in CASTS_AND_RELAYOUTS
+    equations = getattr(called, "jaxpr", called).eqns
+    return bool(equations) and all(_is_cast_or_relayout(equation.primitive, equation.params) for equation in equations)

@@ -113,6 +113,7 @@ def make_step(
         # The optimizer works where its state lies, on the parts of parameters and gradients that belong there.
         values, gradients = (_lay(tree, model, model.sharding.strategy.cuts_optimizer) for tree in (values, gradients))
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, values)
+        optimizer_state = _lay_state(optimizer_state, model)
         values = _lay(optax.apply_updates(values, updates), model, model.sharding.strategy.cuts_parameters)
         metrics = Metrics(loss, optax.tree.norm(gradients), targets)
         return TrainState(with_parameters(model, values), optimizer_state, state.step + 1), metrics
@@ -190,6 +191,14 @@ def _lay(values: Any, model: Decoder, cut: bool) -> Parameters:
         )
         for leaf in leaves(model)
     }
+
+
+def _lay_state(state: Any, model: Decoder) -> Any:
+    """The optimizer's state, constrained to lie where it lay."""
+    if model.sharding.mesh.size == 1:
+        return state
+    placed = place_state(state, model, model.sharding)
+    return jax.tree.map(lambda a, b: jax.lax.with_sharding_constraint(a, b.sharding), state, placed)
 
 
 def _dtypes(precision: Precision) -> tuple[Any, Any]:

@@ -26,8 +26,6 @@ USUAL_LENGTH = 4096
 # Of a sequence that is served, the part that is answer unless told otherwise.
 USUAL_ANSWER = 512
 
-CONFIG = "config.json"
-
 # What is planned for and cannot be run yet: each setting, and the value that can.
 NOT_YET: Mapping[str, Any] = {"pp": 1, "cp": 1, "offload": ()}
 
@@ -141,7 +139,7 @@ def model_config(model: Any, *, revision: str | None = None) -> tuple[ModelConfi
 
 def _described(name: str | Path, revision: str | None) -> tuple[Mapping[str, Any] | ModelConfig, str]:
     """What describes the model of that name, and where it stands."""
-    from interop.source import normalize_config, read_config, resolve
+    from interop.source import CONFIG, EMBEDDED, normalize_config, read_config, resolve
     from tbjax import checkpoint
 
     path = Path(name).expanduser()
@@ -155,7 +153,13 @@ def _described(name: str | Path, revision: str | None) -> tuple[Mapping[str, Any
         raise FileNotFoundError(f"{name}: there is no such file or folder.")
     if models.known(name) and revision is None:
         return models.describe(name), name
-    return normalize_config(read_config(_from_hub(name, revision)), where=f"{name}: {CONFIG}"), name
+    try:
+        file = _from_hub(name, revision)
+    except models.UnknownModel:
+        if name not in EMBEDDED:
+            raise
+        return resolve(name, revision=revision).config, name  # inside an installed package, where the hub is not
+    return normalize_config(read_config(file), where=f"{name}: {CONFIG}"), name
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
@@ -164,6 +168,8 @@ def _from_hub(name: str, revision: str | None) -> Path:
         models.describe(name)  # raises, with the closest names
     import huggingface_hub
     import huggingface_hub.errors as hub
+
+    from interop.source import CONFIG
 
     try:
         with contextlib.suppress(hub.LocalEntryNotFoundError):

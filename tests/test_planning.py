@@ -69,6 +69,11 @@ def test_a_loaded_model_and_a_checkpoint_of_ours_know_their_config(tmp_path):
     assert planned(tmp_path / "orbax").config == CONFIG
 
 
+def test_a_model_inside_a_package_is_found_without_the_hub():
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert parameters(planned(name).config) == 134_515_008
+
+
 @pytest.mark.parametrize("name", ["gpt3", "llama-2-71b-hf", "llama", "nobody/nothing", "not a name", "a/b/c"])
 def test_a_name_that_is_nothing_raises(name):
     with pytest.raises(UnknownModel) as error:

@@ -33,7 +33,6 @@ SETTINGS = ("strategy", "sequence_parallel", "microbatches", "remat", "schedule"
 _STRATEGIES = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy.OPTIMIZER)
 _OFFLOADS: tuple[tuple[Offloaded, ...], ...] = ((), ("optimizer",), ("activations",), ("optimizer", "activations"))
 _REMATS: tuple[Remat, ...] = ("none", "dots", "full")
-_NO_PIPELINE: tuple[tuple[Schedule, int], ...] = (("1f1b", 1),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,6 +186,11 @@ class Space:
     # Looked up tens of thousands of times.
 
     @functools.cached_property
+    def _unused_schedule(self) -> tuple[tuple[Schedule, int], ...]:
+        """What stands in a layout that has no pipeline: it changes nothing."""
+        return ((self.fixed.get("schedule", "1f1b"), self.fixed.get("chunks", 1)),)
+
+    @functools.cached_property
     def _served(self) -> bool:
         return not self.workload.training
 
@@ -275,7 +279,7 @@ class Space:
         with more memory, and considered where it is asked for.
         """
         if mesh.pp == 1 or self._served:
-            return _NO_PIPELINE
+            return self._unused_schedule
         return _schedules(self._layers, mesh.pp, microbatches, self.fixed.get("schedule"), self.fixed.get("chunks"))
 
     # What the user fixed.

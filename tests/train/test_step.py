@@ -74,7 +74,7 @@ def test_everything_lies_where_the_abstract_state_says(strategy, optimizer):
     model = born("llama", sharding)
     state = init_state(model, make_optimizer(optimizer, model))
     step = make_step(make_optimizer(optimizer, model), precision="float32", microbatches=2)
-    for current in (state, jax.eval_shape(lambda s: s, state), step(state, batch("llama"))[0]):
+    for current in (state, step(state, batch("llama"))[0]):
         for array, wanted in zip(jax.tree.leaves(current), jax.tree.leaves(abstract), strict=True):
             assert (array.shape, array.dtype) == (wanted.shape, wanted.dtype)
             assert array.sharding.is_equivalent_to(wanted.sharding, array.ndim), (strategy, array.sharding, wanted)
@@ -93,6 +93,27 @@ def test_a_strategy_holds_the_bytes_that_it_promises(strategy, parameters, state
     # All but the norms' scales, which nothing cuts, are cut by fsdp.
     assert parameters * held(abstract.model) == pytest.approx(whole(abstract.model), rel=0.05)
     assert state * held(abstract.optimizer) == pytest.approx(2 * whole(abstract.model), rel=0.05)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_gathered_weights_are_kept_under_no_policy(name, remat):
+    config = tiny.our_config(tiny.BY_NAME[name])
+    sharding = Sharding(on((1, 8, 1)))
+    made = lambda m: make_optimizer("adamw", m)  # noqa: E731
+    state = abstract_state(config, sharding, made, precision="float32")
+    step = make_step(made(state.model), precision="float32", remat=remat)
+    program = step.lower(state, abstract_batch(ROWS, SEQUENCE, sharding)).compile().as_text()
+    experts = [config.moe.experts] if config.moe else []
+    wide, narrow = (config.mlp, config.embed) if config.moe is None else (config.embed, config.mlp)
+    cut = (config.mlp, config.embed // 8) if config.moe is None else (config.embed // 8, config.mlp)
+
+    def array(*shape):
+        return f"f32[{','.join(map(str, shape))}]"
+
+    assert array(config.layers, *experts, *cut) in program  # the stack as it is stored
+    assert array(*experts, wide, narrow) in program  # a layer of it as it is used
+    assert array(config.layers, *experts, wide, narrow) not in program
 
 
 def test_a_step_takes_the_memory_of_the_state():

@@ -30,7 +30,9 @@ MOST_LAYERS = 10_000
 FEWEST_TURNS = 1e-6
 
 # Fields by which other architectures, or forks of these, say that they compute something else. `transformers` passes
-# over a field that the class of the `model_type` does not know, so such a checkpoint would load and be wrong.
+# over a field that the class of the `model_type` does not know, so such a checkpoint would load and be wrong. Other
+# fields that the class does not know are passed over here too, as a `sliding_window` is in a config of Llama's: what
+# they say there is not part of the architecture.
 FOREIGN: Mapping[str, str] = {
     "quantization_config": "its weights are packed; load the checkpoint it was made from, and quantise that",
     "per_layer_config": "all layers must have the same sizes",

@@ -102,5 +102,4 @@ FALCON = Family(
     config,
     weights,
     copies=(("lm_head.weight", "transformer.word_embeddings.weight"),),
-    inert=("rope_parameters",),  # with alibi; otherwise it is read
 )

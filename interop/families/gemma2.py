@@ -47,5 +47,4 @@ def weights(config: ModelConfig) -> list[Weight]:
     return common.weights(config, NORMS)
 
 
-# `hidden_act` stands in the files beside `hidden_activation`, which is the one that counts.
-GEMMA2 = Family("gemma2", config, weights, inert=("hidden_act",))
+GEMMA2 = Family("gemma2", config, weights)

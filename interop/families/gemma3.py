@@ -30,7 +30,4 @@ def _rope(fields: Fields, ropes: Fields, kind: str) -> Rope:
     return common.rope(fields, parameters)
 
 
-# `_sliding_window_pattern` has become `layer_types`.
-GEMMA3_TEXT = Family(
-    "gemma3_text", config, gemma2.weights, inert=("hidden_act", "_sliding_window_pattern", "sliding_window_pattern")
-)
+GEMMA3_TEXT = Family("gemma3_text", config, gemma2.weights)

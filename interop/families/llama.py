@@ -16,5 +16,4 @@ def config(fields: Fields) -> ModelConfig:
     )
 
 
-# `pretraining_tp` once cut the matrix products into so many slices, to repeat the rounding of training.
-LLAMA = Family("llama", config, common.weights, inert=("pretraining_tp",))
+LLAMA = Family("llama", config, common.weights)

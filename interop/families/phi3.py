@@ -30,5 +30,4 @@ def weights(config: ModelConfig) -> list[Weight]:
     ]
 
 
-# transformers copies both into `rope_parameters`, where they are read.
-PHI3 = Family("phi3", config, weights, inert=("original_max_position_embeddings", "partial_rotary_factor"))
+PHI3 = Family("phi3", config, weights)

@@ -4,13 +4,10 @@ from interop.families import common
 from interop.families.table import Family, Fields
 from tbjax.config import ModelConfig
 
-# `transformers` turns `max_window_layers` and `use_sliding_window` into `layer_types` and `sliding_window`.
-INERT = ("max_window_layers", "use_sliding_window")
-
 
 def config(fields: Fields) -> ModelConfig:
     fields.require("use_mrope", False)
     return common.decoder(fields, "qwen2", layer_kinds=common.typed_layers(fields), qkv_bias=True)
 
 
-QWEN2 = Family("qwen2", config, common.weights, inert=INERT)
+QWEN2 = Family("qwen2", config, common.weights)

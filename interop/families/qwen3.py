@@ -1,7 +1,6 @@
 """Qwen 3, dense: Llama with queries and keys normalised head by head, and a sliding window on some layers."""
 
 from interop.families import common
-from interop.families.qwen2 import INERT
 from interop.families.table import Family, Fields
 from tbjax.config import ModelConfig
 
@@ -19,4 +18,4 @@ def config(fields: Fields) -> ModelConfig:
     )
 
 
-QWEN3 = Family("qwen3", config, common.weights, inert=INERT)
+QWEN3 = Family("qwen3", config, common.weights)

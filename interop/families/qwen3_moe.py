@@ -49,5 +49,4 @@ def weights(config: ModelConfig) -> list[Weight]:
     ]
 
 
-# The class knows no `max_window_layers`: with a window, all layers have it.
-QWEN3_MOE = Family("qwen3_moe", config, weights, inert=("max_window_layers",))
+QWEN3_MOE = Family("qwen3_moe", config, weights)

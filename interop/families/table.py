@@ -43,20 +43,7 @@ class Family:
     # (copy, original): a tensor that checkpoints of tied models may hold besides the one in the table. The two must be
     # equal; one that differs is an untied model under a wrong `tie_word_embeddings`.
     copies: tuple[tuple[str, str], ...] = (("lm_head.weight", "model.embed_tokens.weight"),)
-    # Config fields of this family that do not change what the network computes.
-    inert: tuple[str, ...] = ()
 
-
-# Config fields, common to all families, that do not change what the network computes in inference or in training
-# without dropout (and a router's jitter, which is dropout by another name).
-INERT = frozenset(
-    """
-    _name_or_path architectures attention_dropout auto_map bos_token_id cache_implementation chunk_size_feed_forward
-    decoder_start_token_id embd_pdrop eos_token_id hidden_dropout id2label initializer_range keys_to_ignore_at_inference
-    label2id model_type num_labels output_attentions output_hidden_states output_router_logits pad_token_id problem_type
-    resid_pdrop return_dict router_jitter_noise sep_token_id torch_dtype transformers_version use_cache
-    """.split()
-)
 
 # Array dimensions are 32-bit and nowhere near this; a larger one is a damaged file.
 LARGEST_SIZE = 2**31 - 1

@@ -173,14 +173,35 @@ class Sharding:
 
     def lookup(self, tokens: jax.Array, table: nnx.Variable, dtype: Any = None) -> jax.Array:
         """The rows of a table [V, D], moving whichever is smaller, them or the table."""
-        if tokens.size > STATIONARY_SHARE * table.shape[0]:
+        if tokens.size > STATIONARY_SHARE * table.shape[0] or _inside_shard_map():
             used = self.parameter(tuple(table.dims), table.shape, cut=False).spec
             # The gradient of a lookup lies as the table does in use, and is then cut: see `_gathered`.
-            return _take(self._constrain(self.use(table, dtype), used), tokens, table.shape[0])
+            rows = self._constrain(self.use(table, dtype), used)
+            if _inside_shard_map():
+                return self._lookup_by_part(tokens, rows, used)
+            return _take(rows, tokens, table.shape[0])
         found = jnp.take(table[...], tokens, axis=0, mode="clip").astype(dtype or table.dtype)
         return self._constrain(
             found, self.activation((*leading_dims(found), table.dims[1]), found.shape, STATIONARY_AXES)
         )
+
+    def _lookup_by_part(self, tokens: jax.Array, table: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """A lookup in which each device finds what its part of the table has, and the parts are summed.
+
+        It is what the compiler makes of a lookup elsewhere; in a pipeline stage it fails an assertion of its own (XLA
+        of 2026-01: ExpandDeviceGroupsWithIota, of a gather where an outer axis is manual).
+        """
+        rows = self.activation(("batch", "sequence", None), (*tokens.shape, table.shape[1]))
+        over = _axes(spec[0])
+
+        def find(table: jax.Array, tokens: jax.Array) -> jax.Array:
+            first = jax.lax.axis_index(over) * table.shape[0] if over else 0
+            place = jnp.clip(tokens, 0, self.size(*over) * table.shape[0] - 1) - first
+            here = (place >= 0) & (place < table.shape[0])
+            found = jnp.where(here[..., None], _take(table, place, table.shape[0]), 0)
+            return jax.lax.psum(found, over) if over else found
+
+        return self.per_device(find, (spec, PartitionSpec(*rows[:2])), rows)(table, tokens)
 
     def place(self, module: Module) -> Module:
         """An abstract module with shardings on its leaves. Raises, with a mesh that would do, where this one cannot."""

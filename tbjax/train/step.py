@@ -1,4 +1,4 @@
-"""One step of training: a jitted function from (state, batch) to (state, metrics), on any mesh of dp, fsdp, ep and tp.
+"""One step of training: a jitted function from (state, batch) to (state, metrics), on any mesh of pp, dp, fsdp, ep, tp.
 
 Everything about where things lie is decided before the step exists: `abstract_state` says it for parameters and
 optimizer state, the strategy says it for gradients, and the step repeats it to the compiler wherever it might choose
@@ -7,7 +7,8 @@ otherwise. The same abstract values compile the step for machines that are not t
 A batch may be walked through in microbatches, whose gradients are summed. Every token weighs the same whichever
 microbatch it is in: each part is divided by the number of targets in the whole batch, not in itself. The routers'
 auxiliary loss is the one exception: it balances the load within a microbatch, and is weighted by the microbatch's share
-of tokens.
+of tokens. With pp the microbatches go through the stages of a pipeline by a schedule (`tbjax.pipeline.execute`); the
+loss is the same.
 
 B batch, S sequence, M microbatches.
 """
@@ -21,7 +22,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tbjax.config import ModelConfig
-from tbjax.model import Decoder
+from tbjax.model import Decoder, Hidden
+from tbjax.pipeline.execute import pipelined_gradients
+from tbjax.pipeline.schedule import OneFOneB, Schedule
 from tbjax.remat import Remat
 from tbjax.sharding import Sharding, leaves
 from tbjax.train.loss import cross_entropy
@@ -100,15 +103,22 @@ def make_step(
     precision: Precision = "mixed",
     remat: Remat = "full",
     microbatches: int = 1,
+    schedule: Schedule | None = None,
 ) -> jax.stages.Wrapped:
-    """The step, jitted; it takes the state's memory for the next state."""
+    """The step, jitted; it takes the state's memory for the next state.
+
+    `schedule` is for meshes with pp > 1 (default: 1F1B). There `remat` is about the backward of a stage, which always
+    begins from the stage's input.
+    """
     _, dtype = _dtypes(precision)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         model = state.model
         check_mesh(model.sharding)
         batch = place_batch(batch, model.sharding)
-        loss, gradients, targets = gradients_of(model, batch, dtype=dtype, remat=remat, microbatches=microbatches)
+        loss, gradients, targets = gradients_of(
+            model, batch, dtype=dtype, remat=remat, microbatches=microbatches, schedule=schedule
+        )
         values = as_dict(model)
         # The optimizer works where its state lies, on the parts of parameters and gradients that belong there.
         values, gradients = (_lay(tree, model, model.sharding.strategy.cuts_optimizer) for tree in (values, gradients))
@@ -122,7 +132,14 @@ def make_step(
 
 
 def gradients_of(
-    model: Decoder, batch: Batch, *, dtype: Any, remat: Remat, microbatches: int, auxiliary: bool = True
+    model: Decoder,
+    batch: Batch,
+    *,
+    dtype: Any,
+    remat: Remat,
+    microbatches: int,
+    auxiliary: bool = True,
+    schedule: Schedule | None = None,
 ) -> tuple[jax.Array, Parameters, jax.Array]:
     """The loss (with the routers' auxiliary loss or without), its gradient by path, and the number of targets."""
     if batch.tokens.shape[0] % (microbatches * model.sharding.size("dp", "fsdp", "ep")):
@@ -137,6 +154,20 @@ def gradients_of(
 
     def lay(gradients: Parameters) -> Parameters:
         return _lay(gradients, model, model.sharding.strategy.cuts_gradients)
+
+    if model.sharding.size("pp") > 1:
+        total, found = pipelined_gradients(
+            model,
+            batch,
+            lambda model, hidden, part, whole: loss_of_hidden(
+                model, hidden, part, jnp.sum(whole.targets >= 0), auxiliary=auxiliary
+            ),
+            schedule=schedule or OneFOneB(),
+            microbatches=microbatches,
+            dtype=dtype,
+            remat=remat,
+        )
+        return total, lay(as_dict(found)), targets
 
     values = as_dict(model)
     if microbatches == 1:
@@ -159,6 +190,13 @@ def loss_of(
 ) -> jax.Array:
     """The part of the loss that `batch` has in a whole of so many `targets`."""
     hidden = model.hidden(batch.tokens, batch.mask, dtype=dtype, remat=remat)
+    return loss_of_hidden(model, hidden, batch, targets, auxiliary=auxiliary)
+
+
+def loss_of_hidden(
+    model: Decoder, hidden: Hidden, batch: Batch, targets: jax.Array, *, auxiliary: bool = True
+) -> jax.Array:
+    """As `loss_of`, from the hidden states."""
     loss = cross_entropy(model, hidden.states, batch.targets) / jnp.maximum(targets, 1)
     if auxiliary and hidden.auxiliary_loss is not None:
         share = jnp.sum(batch.targets >= 0) / jnp.maximum(targets, 1)
@@ -171,13 +209,12 @@ def place_batch(batch: Batch, sharding: Sharding) -> Batch:
 
 
 def check_mesh(sharding: Sharding) -> None:
-    """Refuse the axes that a plain step does not know."""
-    for axis, meaning in (("pp", "pipeline stages"), ("cp", "context parallelism")):
-        if sharding.size(axis) > 1:
-            raise NotImplementedError(
-                f"mesh axis {axis!r} has size {sharding.size(axis)}, but the training step knows no {meaning} yet: "
-                "put those devices on dp, fsdp, ep or tp."
-            )
+    """Refuse the axis that the step does not know."""
+    if sharding.size("cp") > 1:
+        raise NotImplementedError(
+            f"mesh axis 'cp' has size {sharding.size('cp')}, but the training step knows no context parallelism yet: "
+            "put those devices on pp, dp, fsdp, ep or tp."
+        )
 
 
 def _lay(values: Any, model: Decoder, cut: bool) -> Parameters:

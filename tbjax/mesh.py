@@ -70,10 +70,30 @@ def make_mesh(spec: MeshSpec = None, devices: Sequence[Any] | None = None) -> Me
         return Mesh(grid, (*lacking, *spec.axis_names), axis_types=(AxisType.Auto,) * len(AXES))
     devices = jax.devices() if devices is None else list(devices)
     sizes = axis_sizes(spec, len(devices))
-    shape = tuple(sizes.values())
     # Lays the inner axes along the fastest links (torus neighbours on TPU, the same host on GPU).
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    outer = steps_over_slices(sizes, len({getattr(device, "slice_index", 0) for device in devices}))
+    if math.prod(outer.values()) == 1:
+        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    else:
+        inner = [size // outer[axis] for axis, size in sizes.items()]
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inner, list(outer.values()), devices, allow_split_physical_axes=True
+        )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def steps_over_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
+    """How often each axis steps from one TPU slice to the next: the outermost first, as those links are slow."""
+    left, steps = slices, {}
+    for axis, size in sizes.items():
+        steps[axis] = math.gcd(size, left)
+        left //= steps[axis]
+    if left > 1:
+        raise ValueError(
+            f"mesh {spell(sizes)} cannot be laid over {slices} slices: the sizes of its axes, outermost first, must "
+            f"multiply to {slices}."
+        )
+    return steps
 
 
 def fixed_sizes(spec: MeshSpec) -> dict[str, int]:

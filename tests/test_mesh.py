@@ -68,3 +68,30 @@ def test_the_suggested_mesh_would_do():
 def test_a_users_axis_that_is_unknown_is_named():
     with pytest.raises(ValueError, match="'model'"):
         make_mesh(jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,)))
+
+
+class OfSlice:
+    """What laying a mesh asks of a device in a slice."""
+
+    platform = "test"
+    device_kind = "test"
+    process_index = 0
+
+    def __init__(self, index, slice_index):
+        self.id, self.slice_index = index, slice_index
+
+    def __repr__(self):
+        return f"{self.slice_index}/{self.id}"
+
+
+def test_slices_are_crossed_by_the_outermost_axes():
+    devices = [OfSlice(i, i // 4) for i in range(8)]
+    crossed = np.vectorize(lambda device: device.slice_index)(make_mesh((2, 2, 2), devices).devices)
+    assert (crossed == np.arange(2).reshape(1, 2, 1, 1, 1, 1)).all()  # dp, and nothing else
+    crossed = np.vectorize(lambda device: device.slice_index)(make_mesh((1, 4, 2), devices).devices)
+    assert (crossed == np.repeat(np.arange(2), 2).reshape(1, 1, 4, 1, 1, 1)).all()
+
+
+def test_a_mesh_that_cannot_be_laid_over_slices_says_so():
+    with pytest.raises(ValueError, match="cannot be laid over 2 slices"):
+        make_mesh((1, 3, 1), [OfSlice(i, i % 2) for i in range(3)])

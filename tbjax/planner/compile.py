@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -68,7 +67,7 @@ def compile_case(case: Case) -> list[Program]:
     mesh = make_mesh(case.layout.mesh, devices(case.cluster, case.compiler))
     sharding = Sharding(mesh, case.layout.strategy, case.layout.sequence_parallel)
     if case.workload.training:
-        return [_measure("step", _lower_step(case, sharding), case.layout.mesh)[0]]
+        return [_measure("step", _lower_step(case, sharding), case)[0]]
     return _compile_inference(case, sharding)
 
 
@@ -105,7 +104,7 @@ def _compile_inference(case: Case, sharding: Sharding) -> list[Program]:
     # A prompt of one token at least: a cache is written by reading a prompt.
     prompt = array(rows, max(workload.prompt_len, 1))
     lowered = generate._prefill.lower(model, prompt, prompt, workload.seq_len)
-    prefill, compiled = _measure("prefill", lowered, case.layout.mesh)
+    prefill, compiled = _measure("prefill", lowered, case)
     if not workload.new_tokens:
         return [prefill]
     first, cache = jax.tree.map(
@@ -116,10 +115,10 @@ def _compile_inference(case: Case, sharding: Sharding) -> list[Program]:
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(sharding.mesh, PartitionSpec()))
     ends = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=scalar.sharding)
     lowered = generate._decode.lower(model, first, cache, ends, scalar, workload.new_tokens)
-    return [prefill, _measure("decode", lowered, case.layout.mesh)[0]]
+    return [prefill, _measure("decode", lowered, case)[0]]
 
 
-def _measure(name: str, lowered: Any, sizes: Mapping[str, int]) -> tuple[Program, Any]:
+def _measure(name: str, lowered: Any, case: Case) -> tuple[Program, Any]:
     start = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
@@ -127,7 +126,7 @@ def _measure(name: str, lowered: Any, sizes: Mapping[str, int]) -> tuple[Program
     kinds = {kind: getattr(memory, f"{kind}_size_in_bytes") for kind in KINDS}
     kinds["host"] = sum(getattr(memory, f"host_{kind}_size_in_bytes") for kind in ("argument", "temp"))
     kinds["peak"] = getattr(memory, "peak_memory_in_bytes", 0)
-    found = hlo.read(compiled.as_text(), sizes)
+    found = hlo.read(compiled.as_text(), case.layout.mesh, case.cluster.slices)
     program = Program(
         name=name,
         bytes=kinds,

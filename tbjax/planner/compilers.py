@@ -74,8 +74,6 @@ def environment(compiler: Compiler, devices: int) -> dict[str, str]:
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # a program from the cache would say nothing of its memory
         "TPU_SKIP_MDS_QUERY": "1",  # the metadata server of a TPU machine, which this is not
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling needs no device, so several processes may
-        "TPU_ACCELERATOR_TYPE": "v5p-8",  # libtpu asks, and complains where nobody answers
-        "TPU_WORKER_HOSTNAMES": "localhost",
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
 

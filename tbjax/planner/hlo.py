@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from tbjax.mesh import steps_over_slices
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 # Bits of an element, by the names that HLO gives to types.
@@ -41,6 +43,8 @@ _OPERATION = re.compile(r"(?:^|[\s)}\]])(?P<operation>[a-z][\w\-]*)\(")
 _SHAPE = re.compile(r"(?P<dtype>[a-z]\w*)\[(?P<dims>[\d,<=]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|called_computations|branch_computations|body)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# What goes between slices of TPUs leaves the program as a message to the host, which says what it is part of.
+_MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _IOTA = re.compile(r"replica_groups=\[(?P<groups>[\d,]+)\]<=\[(?P<dims>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?")
 _LISTED = re.compile(r"replica_groups=\{(?P<groups>(?:\{[\d,]*\},?)*)\}")
@@ -79,8 +83,12 @@ class _Instruction:
     root: bool
 
 
-def read(text: str, mesh: Mapping[str, int]) -> Program:
-    """The collectives and cycles of a compiled program, for devices numbered along `mesh`, outermost axis first."""
+def read(text: str, mesh: Mapping[str, int], slices: int = 1) -> Program:
+    """The collectives and cycles of a compiled program, for devices numbered along `mesh`, outermost axis first.
+
+    Of several slices of TPUs the program is that of one, and what goes between them is counted over the axes that are
+    laid across slices.
+    """
     computations, entry = _computations(text)
     counts: Counter[tuple[str, tuple[str, ...]]] = Counter()
     volumes: Counter[tuple[str, tuple[str, ...]]] = Counter()
@@ -91,7 +99,12 @@ def read(text: str, mesh: Mapping[str, int]) -> Program:
         noted = _CYCLES.search(instruction.text)
         cycles += times * int(noted[1]) if noted else 0
         kind = instruction.operation.removesuffix("-start")
-        if kind in KINDS:
+        if kind == "send" and (transfer := _MEGASCALE.search(instruction.text)):
+            steps = steps_over_slices(mesh, slices)
+            key = transfer[1].lower().replace("_", "-"), tuple(axis for axis, step in steps.items() if step > 1)
+            counts[key] += times
+            volumes[key] += times * _bytes(_parts(instruction.result)[0])
+        elif kind in KINDS:
             groups = _groups(instruction.text, mesh)
             key = kind, _axes(groups, mesh)
             counts[key] += times

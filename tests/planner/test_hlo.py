@@ -82,6 +82,18 @@ def test_the_end_of_an_asynchronous_collective_is_not_another_one():
     assert only(text).count == 1
 
 
+def test_what_goes_between_slices_is_read_from_the_message_to_the_host():
+    attributes = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"'
+    shape = "(bf16[4,8]{1,0:T(8,128)(2,1)}, u32[], token[])"
+    text = program(
+        f"%s = {shape} send(%p, %t), channel_id=3, is_host_transfer=true, frontend_attributes={{{attributes}}}",
+        f"ROOT %r = {shape} recv(%t), channel_id=2, is_host_transfer=true, frontend_attributes={{{attributes}}}",
+    )
+    (collective,) = hlo.read(text, MESH, slices=2).collectives
+    assert (collective.kind, collective.axes) == ("all-reduce", ("dp",))
+    assert (collective.count, collective.bytes) == (1, 64)
+
+
 LOOPS = """%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %inner = (s32[], f32[8]) while(%p), condition=%cond.2, body=%body.2, backend_config={"known_trip_count":{"n":"5"}}
   %f = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused, backend_config={"integer_config":{"estimated_cycles":"100"}}

@@ -250,21 +250,26 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Any, list[RouterLoad]]:
         """All repeats of one group."""
 
-        def once(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
-            blocks, old = layer
+        # The cache is carried, not scanned over: what is carried is written where it lies, while what goes in layer by
+        # layer and comes out layer by layer stands in memory twice.
+        def once(carry: tuple[jax.Array, Any], layer: tuple[Any, Any]) -> tuple[tuple[jax.Array, Any], list[RouterLoad]]:
+            (x, cache), (blocks, index) = carry, layer
+            old = None if cache is None else jax.tree.map(lambda a: a[index], cache)
             x, new, loads = self.repeat(group, blocks, x, around, old, remat)
-            return x, (new, loads)
+            if cache is not None:
+                cache = jax.tree.map(lambda a, b: a.at[index].set(b), cache, new)
+            return (x, cache), loads
 
-        xs = (list(stack), cache)
+        repeats = self.config.groups[group].repeats
+        xs = (list(stack), jnp.arange(repeats))
         if self.scan:
-            x, (new, loads) = jax.lax.scan(once, x, xs)
-            return x, new, loads
+            (x, cache), loads = jax.lax.scan(once, (x, cache), xs)
+            return x, cache, loads
         outs = []
-        for index in range(self.config.groups[group].repeats):
-            x, out = once(x, jax.tree.map(lambda a, index=index: a[index], xs))
+        for index in range(repeats):
+            (x, cache), out = once((x, cache), jax.tree.map(lambda a, index=index: a[index], xs))
             outs.append(out)
-        new, loads = jax.tree.map(lambda *a: jnp.stack(a), *outs)
-        return x, new, loads
+        return x, cache, jax.tree.map(lambda *a: jnp.stack(a), *outs)
 
 
 def _truths(mask: Any) -> jax.Array:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tbjax import mesh as meshes
@@ -332,8 +333,13 @@ class Sharding:
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gathered(value: jax.Array, sharding: Sharding, used: PartitionSpec, stored: PartitionSpec) -> jax.Array:
     """`value` laid as `used`, and its gradient as `stored`: left to itself the gradient would be laid as the value is,
-    which sums all of it onto every device only to drop most."""
-    return sharding._constrain(value, used)
+    which sums all of it onto every device only to drop most.
+
+    Both are pinned to the order of dimensions in which parameters are stored. A gather over NVLink wants its dimension
+    outermost, and the compiler would otherwise carry that wish through the cast and the slice of a layer to the stack
+    of all layers, and keep a second stack in that order for the whole step.
+    """
+    return sharding._constrain(_pinned(value, sharding, stored), used)
 
 
 def _gathered_forward(value: jax.Array, sharding: Sharding, used: PartitionSpec, stored: PartitionSpec) -> Any:
@@ -343,7 +349,13 @@ def _gathered_forward(value: jax.Array, sharding: Sharding, used: PartitionSpec,
 def _gathered_backward(
     sharding: Sharding, used: PartitionSpec, stored: PartitionSpec, kept: None, gradient: jax.Array
 ) -> Any:
-    return (sharding._constrain(gradient, stored),)
+    return (_pinned(sharding._constrain(gradient, stored), sharding, stored),)
+
+
+def _pinned(value: jax.Array, sharding: Sharding, spec: PartitionSpec) -> jax.Array:
+    """`value`, laid as `spec`, with its dimensions in memory in the order that they have in its shape."""
+    pin = partial(with_layout_constraint, layouts=Layout(tuple(range(value.ndim))))
+    return sharding.per_device(pin, spec, spec)(value)
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)
@@ -360,9 +372,10 @@ def _take_forward(table: jax.Array, tokens: jax.Array, rows: int) -> Any:
 
 
 def _take_backward(rows: int, tokens: jax.Array, gradient: jax.Array) -> Any:
-    summed = (
-        jnp.zeros((rows, gradient.shape[-1]), jnp.float32).at[tokens].add(gradient.astype(jnp.float32), mode="clip")
-    )
+    # The zeros depend on the gradient, or the compiler makes them early and keeps them through the backward pass.
+    zero, gradient = jax.lax.optimization_barrier((jnp.float32(0), gradient))
+    zeros = jnp.broadcast_to(zero, (rows, gradient.shape[-1]))
+    summed = zeros.at[tokens].add(gradient.astype(jnp.float32), mode="clip")
     return summed.astype(gradient.dtype), None
 
 

@@ -95,7 +95,8 @@ def _over_devices(head: Head, states: jax.Array, weight: jax.Array, targets: jax
         )(*operands)
     if not gradients:
         return result
-    loss, of_states, of_weight = result
+    # All of it before anything of the backward pass, or the whole gradient waits until the end to be cut.
+    loss, of_states, of_weight = jax.lax.optimization_barrier(result)
     return loss, of_states, of_weight.astype(weight.dtype)
 
 

@@ -122,7 +122,7 @@ def _check_finite(target: np.ndarray, source: np.ndarray) -> None:
         return
     lost = np.isfinite(source) & ~np.isfinite(target)
     if lost.any():
-        raise FloatingPointError(f"{source[lost][0]} is more than {largest}")
+        raise FloatingPointError(f"{source[lost][0]} is beyond ±{largest}")
 
 
 def _goes_down(array: np.ndarray) -> bool:

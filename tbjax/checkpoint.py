@@ -167,7 +167,8 @@ def _damage(file: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}" if isinstance(error, KeyError | AttributeError) else str(error)
         raise ValueError(
-            f"{file} cannot be read: {what}. The checkpoint is damaged, or a newer tbjax wrote it, or it is not one."
+            f"{file} cannot be read: {what.removesuffix('.')}. The checkpoint is damaged, or a newer tbjax wrote it, "
+            "or it is not one."
         ) from error
 
 

@@ -7,7 +7,8 @@ takes part in them in every tick, whatever it computes, and the table says who k
 
 Nothing is differentiated as a whole. Backwards are tasks like others, which begin from the saved input of their piece
 and compute its forward pass again; so what is held at any moment is what the schedule holds, and not what reversing a
-loop would. The forward task of the last piece has nothing to compute, since nobody but its own backward needs the result.
+loop would. The forward task of the last piece has nothing to compute, since nobody but its own backward needs the
+result.
 
 M microbatches, B sequences of one, S sequence.
 """
@@ -121,7 +122,9 @@ def _table(grid: Grid) -> Cell:
 
 def _train(table: Cell, model: Decoder, parts: Any, *, grid: Grid, loss: WholeLoss, dtype: Any, remat: Remat) -> Any:
     """One stage's part in a step of training."""
-    stage = Stage(model, _rows(grid, model), grid.pieces - 1, dtype, lambda *args: loss(*args, parts))
+    stage = Stage(
+        model, _rows(grid, model), grid.pieces - 1, dtype, lambda model, hidden, part: loss(model, hidden, part, parts)
+    )
     stage = stage.differentiable(_part(parts, 0, model), remat=remat, split=Kind.BACKWARD_WEIGHT in grid.kinds)
 
     def forward(state: _Training, cell: Cell, part: Tokens, payload: Payload, gradient: Payload) -> Any:

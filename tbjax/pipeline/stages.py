@@ -1,8 +1,9 @@
 """A decoder cut into pieces, and what the stage that holds some of them does with one microbatch.
 
 The decoder's layers are stacked, and the mesh axis `pp` cuts the stack: a stage holds a run of layers as its part of
-the same arrays that an unpipelined decoder has. What stands before the layers (the embedding) and after them (norm, head,
-loss) is whole on every stage; the first piece uses the one and the last the other, and their gradients are summed.
+the same arrays that an unpipelined decoder has. What stands before the layers (the embedding) and after them (norm,
+head, loss) is whole on every stage; the first piece uses the one and the last the other, and their gradients are
+summed.
 
 Between pieces goes a `Payload`: the residual stream, and the load of the experts so far, which the auxiliary loss needs
 of all layers together. Its gradient comes back in the same form.

@@ -17,7 +17,7 @@ Where a layer scores all its queries at once (short sequences), the scores stay 
 import functools
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from tbjax.config import LayerKind, ModelConfig
 from tbjax.planner.device import Vendor
@@ -40,23 +40,36 @@ class Live(NamedTuple):
     rows: float = 0  # with experts: as wide as the residual stream, one row for each expert of a token
 
 
+# Whose counts they are. XLA's compiler for CPUs meets bfloat16 with casts, which merge some arrays and split others.
+Compiler: TypeAlias = Literal["nvidia", "google", "cpu", "cpu, bfloat16"]
+
 # The moment at which the gradients of the feed-forward layer are taken, all before it having been computed again.
-FEED_FORWARD: Mapping[Vendor, Live] = {
-    "nvidia": Live(embed=12, queries=2, keys=2, inner=2, rows=3),
+FEED_FORWARD: Mapping[Compiler, Live] = {
+    "nvidia": Live(embed=5, queries=2, keys=2, inner=2, rows=3),
     "google": Live(embed=3, queries=2, keys=2, inner=1.5, rows=3),
-    "cpu": Live(embed=8, queries=2, keys=4, inner=4, rows=3),
+    "cpu": Live(embed=7.5, queries=2.5, keys=4, inner=4, rows=3),
+    "cpu, bfloat16": Live(embed=6.5, queries=2.5, keys=4, inner=2.75, rows=3),
 }
 # The moment at which those of attention are.
-ATTENTION: Mapping[Vendor, Live] = {
-    "nvidia": Live(embed=11, queries=4, keys=4, inner=0.5, scores=3),
+ATTENTION: Mapping[Compiler, Live] = {
+    "nvidia": Live(embed=6, queries=4, keys=4, inner=0.5, scores=3),
     "google": Live(embed=3, queries=4, keys=6, inner=0.5, scores=1),
-    "cpu": Live(embed=8, queries=4, keys=4, inner=1, scores=2),
+    "cpu": Live(embed=7, queries=4, keys=4, inner=1, scores=2),
+    "cpu, bfloat16": Live(embed=6, queries=4, keys=4, inner=1, scores=2),
 }
-# The same by cuDNN: there are no scores, and the gradients of the feed-forward layer's weights are still to be taken.
-FUSED = Live(embed=8, queries=4, keys=4, inner=2)
+# The same by cuDNN, which keeps no scores.
+FUSED = Live(embed=5, queries=4, keys=4, inner=0.5)
+
+# What tp adds to the first: partial sums of the gradient by each matrix, on their way through a reduction.
+REDUCED: Mapping[Compiler, float] = {"nvidia": 2, "google": 0, "cpu": 0, "cpu, bfloat16": 0}
 
 # With sequence parallelism, the arrays of the residual stream that are whole on every tp device; the others are cut.
-GATHERED: Mapping[Vendor, float] = {"nvidia": 7, "google": 4, "cpu": 6}
+GATHERED: Mapping[Compiler, float] = {"nvidia": 7, "google": 4, "cpu": 6, "cpu, bfloat16": 6}
+
+
+def compiler(vendor: Vendor, compute_bytes: int) -> Compiler:
+    """Whose counts hold for a program that computes in so many bytes."""
+    return "cpu, bfloat16" if vendor == "cpu" and compute_bytes == 2 else vendor
 
 
 class Layer(NamedTuple):

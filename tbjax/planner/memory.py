@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from tbjax.config import ModelConfig
 from tbjax.planner import liveness
 from tbjax.planner.device import Hardware, Vendor
-from tbjax.planner.liveness import Layer, Live
+from tbjax.planner.liveness import Compiler, Layer, Live
 from tbjax.planner.parameters import Shard, shards
 from tbjax.planner.workload import Layout, Schedule, Workload
 
@@ -31,7 +31,7 @@ from tbjax.planner.workload import Layout, Schedule, Workload
 LOGITS_CHUNK = 128 * 2**20
 
 # Of what a program computes, the part that is lost between buffers of different sizes.
-FRAGMENTATION = 0.02
+FRAGMENTATION = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,9 @@ def _training(config: ModelConfig, workload: Workload, layout: Layout, vendor: V
     until_embedding = {"gradients": accumulated + stacks, "saved activations": math.ceil(saved)}
 
     table = config.padded_vocab // layout.tp * config.embed
-    moments = {"loss": {**until_embedding, **_loss(config, layout, tokens, compute, stored)}}
+    # XLA for CPUs allocates the stacks of gradients before the loss, the others after it.
+    loss = until_embedding if vendor == "cpu" else {**until_embedding, "gradients": accumulated}
+    moments = {"loss": {**loss, **_loss(config, workload, layout, vendor, tokens)}}
     cut = layout.fsdp * layout.ep if strategy.cuts_gradients else 1
     head = table // cut * compute  # the head's gradient waits for the update, in the precision that it was summed in
     for kind in kinds:
@@ -157,15 +159,26 @@ def _saved(layer: Layer, remat: str) -> int:
     return layer.residual + matmuls + wide + layer.queries + 2 * layer.inner
 
 
-def _loss(config: ModelConfig, layout: Layout, tokens: int, compute: int, stored: int) -> dict[str, int]:
+def _loss(config: ModelConfig, workload: Workload, layout: Layout, vendor: Vendor, tokens: int) -> dict[str, int]:
     """The head's table as it is used, its gradient's sum in float32, a chunk of logits, states and their gradient."""
     vocabulary = config.padded_vocab // layout.tp
-    whole = compute < stored or (layout.strategy.cuts_parameters and layout.fsdp * layout.ep > 1)
+    compute = _compute_bytes(workload, vendor)
     chunks = max(1, math.ceil(4 * tokens * vocabulary / LOGITS_CHUNK))
-    logits = math.ceil(tokens / chunks) * vocabulary
+    logits = math.ceil(tokens / chunks) * vocabulary * (4 + compute)
+    table, copies = vocabulary * config.embed, int(compute < workload.parameter_bytes)
+    if vendor == "cpu":
+        # The sum so far, the new part of it and the table, all in float32; the zeros that it starts from, too, if they
+        # are not cut over devices. Where the program has bfloat16, the table in that as well.
+        whole = 4 * (3 if _gathers(layout) else 4) + (2 if workload.compute_bytes == 2 else 0)
+        return {"head": table * whole, "logits": logits // 2, "working set": 2 * tokens * config.embed * compute}
+    if _gathers(layout):
+        copies = 1
+        if vendor == "nvidia" and table * compute > logits:
+            # As it is gathered, and as the matmul takes it; the first is gone once there are logits.
+            copies, logits = 2, 0
     return {
-        "head": vocabulary * config.embed * (4 + compute * whole),
-        "logits": logits * (4 + compute),
+        "head": table * (4 + compute * copies),
+        "logits": logits,
         "working set": 2 * tokens * config.embed * compute,
     }
 
@@ -178,41 +191,56 @@ def _moments(layer: Layer, workload: Workload, layout: Layout, vendor: Vendor, r
     scores = rows * layer.heads * block * workload.seq_len
     whole = block == sequence
     fused = vendor == "nvidia" and compute == 2 and layer.queries // layer.heads <= 128
-    attention = liveness.FUSED if fused else liveness.ATTENTION[vendor]
-    feed_forward = liveness.FEED_FORWARD[vendor]
+    compiler = liveness.compiler(vendor, workload.compute_bytes)
+    attention = liveness.FUSED if fused else liveness.ATTENTION[compiler]
+    feed_forward = liveness.FEED_FORWARD[compiler]
+    if layout.tp > 1:
+        feed_forward = feed_forward._replace(embed=feed_forward.embed + liveness.REDUCED[compiler])
     if whole and not fused:
         feed_forward = feed_forward._replace(scores=1)
 
     gathered = 0
-    if layout.strategy.cuts_parameters and layout.fsdp * layout.ep > 1:
+    if _gathers(layout):
         # All of a layer's weights but the first that the backward pass has done with.
-        gathered = (layer.weights - layer.outwards) * compute
+        gathered = (layer.weights - (0 if layer.experts else layer.outwards)) * compute
     result = {}
     for name, live in (("feed-forward", feed_forward), ("attention", attention)):
         result[name] = {
-            "working set": math.ceil(tokens * compute * _width(layer, live, layout, vendor)),
+            "working set": math.ceil(tokens * compute * _width(layer, live, layout, compiler)),
             "scores": math.ceil(scores * live.scores * (4 + compute / live.scores)) if live.scores else 0,
             "gathered weights": gathered,
         }
     return result
 
 
-def _width(layer: Layer, live: Live, layout: Layout, vendor: Vendor) -> float:
+def _width(layer: Layer, live: Live, layout: Layout, compiler: Compiler) -> float:
     """Elements a token that are alive."""
     embed = live.embed * layer.embed
     if layout.sequence_parallel:
-        whole = min(live.embed, liveness.GATHERED[vendor])
+        whole = min(live.embed, liveness.GATHERED[compiler])
         embed = whole * layer.embed + (live.embed - whole) * layer.residual
     width = embed + live.queries * layer.queries + live.keys * layer.keys
     if not layer.experts:
         return width + live.inner * layer.inner
-    # Tokens of all ep peers are gathered, and each is there once for each of its experts. XLA for NVIDIA has no ragged
-    # matmul: it makes a copy for every expert that the device holds, with zeros for those that are another's.
-    copies = layout.ep * layer.chosen
-    if vendor == "nvidia":
-        spread = layer.experts * (2.5 * layer.inner + 2 * layer.embed)
-        return width + copies * (spread + live.rows * layer.embed)
-    return width + copies * (live.inner * layer.inner + live.rows * layer.embed)
+    # Tokens of all ep peers are gathered, and each is there once for each of its experts.
+    width += layout.ep * layer.chosen * live.rows * layer.embed
+    copies = layout.ep * layer.chosen * layer.inner
+    if compiler != "nvidia":
+        return width + copies * live.inner
+    # XLA for NVIDIA has no ragged matmul. It makes a copy of the rows for every expert that the device holds, with
+    # zeros in the place of those that are another's, and transposes two of them where there are several.
+    spread = layer.experts * (3 if layer.experts == 1 else 5) / layer.matrices
+    return width + copies * spread + layout.ep * layer.chosen * 2 * layer.experts * layer.embed
+
+
+def _gathers(layout: Layout) -> bool:
+    """Whether weights lie in parts that are brought together where they are used."""
+    return layout.strategy.cuts_parameters and layout.fsdp * layout.ep > 1
+
+
+def _spread(layer: Layer, vendor: Vendor) -> int:
+    """Experts for which XLA for NVIDIA, which has no ragged matmul, makes copies of all rows."""
+    return layer.experts if vendor == "nvidia" else 1
 
 
 # Inference.
@@ -227,19 +255,31 @@ def _inference(config: ModelConfig, workload: Workload, layout: Layout, vendor: 
     slots = -(-workload.seq_len // layout.cp)
     cache = math.ceil(share * rows * slots * compute * sum(kind.repeats * kind.cached for kind in kinds))
     of_layer = rows * slots * compute * max(kind.cached for kind in kinds)
+    held = shards(config, layout)
     throughout = {
-        "parameters": math.ceil(sum(shard.local for shard in shards(config, layout)) * workload.parameter_bytes),
+        "parameters": math.ceil(sum(shard.local for shard in held) * workload.parameter_bytes),
         "KV cache": cache,
     }
-    moments = {"decode": {"working set": of_layer}}
-    gathers = layout.strategy.cuts_parameters and layout.fsdp * layout.ep > 1
+    head = 0
+    if vendor == "cpu" and compute == 2:
+        # XLA for CPUs casts all weights before the loop over layers, and the head's three times over.
+        head = 4 * config.padded_vocab // layout.tp * config.embed
+        throughout["cast weights"] = 4 * sum(shard.local for shard in held if shard.stacked) + head
+    moments = {"decode": {"working set": of_layer, "head": 2 * head}}
+    tokens = rows * prompt
     for kind in kinds:
-        block = liveness.block_of(prompt, slots, rows * kind.heads)
-        moments["prefill"] = {
-            "working set": 2 * of_layer
-            + rows * prompt * compute * (2 * kind.embed + kind.queries + kind.keys * 2 + kind.inner),
-            "scores": rows * kind.heads * block * slots * (4 + compute),
-            "gathered weights": kind.weights * compute if gathers else 0,
+        # The residual stream, its normed copy and, over tp, the sum of partial results.
+        stream = (3 if layout.tp > 1 else 2) * kind.embed
+        inner = kind.inner + kind.queries
+        if kind.experts:
+            inner = layout.ep * kind.chosen * (kind.inner + _spread(kind, vendor) * kind.inner // kind.matrices)
+        moments["prefill, attention"] = {
+            "working set": of_layer + tokens * compute * (stream + kind.queries + 2 * kind.keys),
+            "scores": rows * kind.heads * liveness.block_of(prompt, slots, rows * kind.heads) * slots * (4 + compute),
+        }
+        moments["prefill, feed-forward"] = {
+            "working set": of_layer + tokens * compute * (stream + inner),
+            "gathered weights": (kind.weights - kind.outwards) * compute if _gathers(layout) else 0,
         }
     return _worst(throughout, moments, 0)
 

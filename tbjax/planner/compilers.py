@@ -146,8 +146,11 @@ def install(arguments: Sequence[str] = ()) -> None:
 
     Without their dependencies, which are libraries that only running on a GPU takes: several gigabytes.
     """
+    wanted = requirements()
+    if not wanted:
+        return
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(FOLDER)]
-    subprocess.run([*pip, *arguments, *requirements()], check=True)
+    subprocess.run([*pip, *arguments, *wanted], check=True)
 
 
 if __name__ == "__main__":

@@ -252,7 +252,9 @@ class Decoder(nnx.Module):
 
         # The cache is carried, not scanned over: what is carried is written where it lies, while what goes in layer by
         # layer and comes out layer by layer stands in memory twice.
-        def once(carry: tuple[jax.Array, Any], layer: tuple[Any, Any]) -> tuple[tuple[jax.Array, Any], list[RouterLoad]]:
+        def once(
+            carry: tuple[jax.Array, Any], layer: tuple[Any, Any]
+        ) -> tuple[tuple[jax.Array, Any], list[RouterLoad]]:
             (x, cache), (blocks, index) = carry, layer
             old = None if cache is None else jax.tree.map(lambda a: a[index], cache)
             x, new, loads = self.repeat(group, blocks, x, around, old, remat)

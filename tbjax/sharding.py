@@ -162,8 +162,9 @@ class Sharding:
         used, stored = (self.parameter(dims, value.shape, cut=cut).spec for cut in (False, True))
         value = _gathered(value, self, used, stored)
         if _inside_shard_map() and self.size("tp") > 1 and not any(used):
-            # The compiler would share the gradient's matmul out over tp and lay the result as it is stored by a permute,
-            # for which in a pipeline it makes stages wait that do something else. So it is laid as it is used first.
+            # The compiler would share the gradient's matmul out over tp and lay the result as it is stored by a
+            # permute, for which in a pipeline it makes stages wait that do something else. So it is laid as it is used
+            # first.
             value = self._constrain(value, used)
         return value
 

@@ -23,6 +23,7 @@ from tbjax import generate
 from tbjax.config import ModelConfig
 from tbjax.mesh import make_mesh
 from tbjax.model import Decoder
+from tbjax.pipeline.schedule import named
 from tbjax.planner import hlo
 from tbjax.planner.compilers import Compiler, gpu_target
 from tbjax.planner.hardware import Cluster
@@ -78,6 +79,11 @@ def _check(case: Case) -> None:
         raise NotImplementedError(
             f"quantization={case.workload.quantization!r} is planned for, but no program does it yet."
         )
+    for axis in () if case.workload.training else ("pp", "cp"):
+        if case.layout.mesh[axis] > 1:
+            raise NotImplementedError(
+                f"mesh axis {axis!r} has size {case.layout.mesh[axis]}, but no program generates text over it yet."
+            )
 
 
 def _lower_step(case: Case, sharding: Sharding) -> Any:
@@ -86,7 +92,11 @@ def _lower_step(case: Case, sharding: Sharding) -> Any:
     made = lambda model: make_optimizer(workload.optimizer, model)  # noqa: E731
     state = abstract_state(case.config, sharding, made, precision=workload.precision)
     step = make_step(
-        made(state.model), precision=workload.precision, remat=layout.remat, microbatches=layout.microbatches
+        made(state.model),
+        precision=workload.precision,
+        remat=layout.remat,
+        microbatches=layout.microbatches,
+        schedule=named(layout.schedule, layout.chunks) if layout.pp > 1 else None,
     )
     return step.lower(state, abstract_batch(workload.global_batch, workload.seq_len, sharding))
 
@@ -145,8 +155,12 @@ def main() -> None:
     case = restore(Case, json.load(sys.stdin))
     try:
         result = {"programs": plain(compile_case(case))}
-    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+    except (ValueError, NotImplementedError) as error:
         result = {"error": type(error).__name__, "message": str(error)}
+    except jax.errors.JaxRuntimeError as error:
+        # XLA's status is the first word of the message and stands nowhere else.
+        refused = str(error).startswith("RESOURCE_EXHAUSTED")
+        result = {"error": "OutOfMemory" if refused else "CompilationError", "message": str(error)}
     with answer:
         json.dump(result, answer)
 

@@ -7,7 +7,8 @@ devices it has or lacks.
 
 A program scanned over its layers compiles as fast at any depth, so whole models are compiled as they are. Where the
 layers do not repeat and compiling is long, `depths=(a, b)` compiles two shallow models instead and extrapolates
-linearly: layers that are alike add the same to every figure. The result says so.
+linearly: layers that are alike add the same to every figure. The result says so. The same is done where the compiler
+refuses a program that its devices have not the memory for, without saying how much it takes.
 """
 
 import dataclasses
@@ -30,6 +31,10 @@ from tbjax.planner.workload import Layout, Workload
 
 class CompilationError(RuntimeError):
     """The compiler refused the program, or did not finish."""
+
+
+class OutOfMemory(CompilationError):
+    """The compiler refused the program because a device has not the memory for it (as the one for TPU does)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,8 @@ class Verification:
     cluster: Cluster
     programs: tuple[Program, ...]
     depths: tuple[int, int] | None = None  # the two depths that were compiled in place of the model's own
+    # What the compiler said where it refused the model for want of memory; the figures are then those of `depths`.
+    refusal: str = ""
 
     @property
     def compiled(self) -> Program:
@@ -67,7 +74,7 @@ class Verification:
 
     @property
     def fits(self) -> bool:
-        return self.margin >= 0
+        return not self.refusal and self.margin >= 0
 
     @property
     def margin(self) -> int:
@@ -108,12 +115,19 @@ def verify(
     chosen = compiler_for(where, compiler)
     require(chosen)
     case = {"workload": workload, "layout": layout, "cluster": where, "compiler": chosen}
+    refusal = ""
     if depths is None:
-        programs = _compile(config, case, timeout, progress)
-    else:
-        shallow, deep = (_compile(_cut(config, depth), case, timeout, progress) for depth in sorted(depths))
-        programs = [_extrapolate(a, b, depths, config.layers) for a, b in zip(shallow, deep, strict=True)]
-    return Verification(compiler=chosen, cluster=where, programs=tuple(programs), depths=depths)
+        try:
+            programs = _compile(config, case, timeout, progress)
+            return Verification(compiler=chosen, cluster=where, programs=tuple(programs))
+        except OutOfMemory as error:
+            period = len(config.groups[0].pattern)
+            if config.layers <= 2 * period:
+                raise
+            refusal, depths = str(error), (period, 2 * period)
+    shallow, deep = (_compile(_cut(config, depth), case, timeout, progress) for depth in sorted(depths))
+    programs = [_extrapolate(a, b, depths, config.layers) for a, b in zip(shallow, deep, strict=True)]
+    return Verification(compiler=chosen, cluster=where, programs=tuple(programs), depths=depths, refusal=refusal)
 
 
 def _compile(config: ModelConfig, case: Mapping[str, Any], timeout: float, progress: bool | None) -> list[Program]:
@@ -140,7 +154,7 @@ def _compile(config: ModelConfig, case: Mapping[str, Any], timeout: float, progr
         raise CompilationError(f"the {chosen!r} compiler died ({process.returncode}):\n{process.stderr[-2000:]}")
     answer = json.loads(process.stdout)
     if "error" in answer:
-        kinds = {"ValueError": ValueError, "NotImplementedError": NotImplementedError}
+        kinds = {"ValueError": ValueError, "NotImplementedError": NotImplementedError, "OutOfMemory": OutOfMemory}
         raise kinds.get(answer["error"], CompilationError)(answer["message"])
     return [restore(Program, program) for program in answer["programs"]]
 

@@ -13,7 +13,7 @@ from tbjax.planner import verify as verify_module
 from tbjax.planner.catalogue import RECORDS
 from tbjax.planner.compilers import compiler_for, environment, gpu_target, installed, requirements
 from tbjax.planner.hardware import Hardware, cluster
-from tbjax.planner.verify import CompilationError, verify
+from tbjax.planner.verify import CompilationError, OutOfMemory, verify
 from tbjax.planner.workload import Layout, Workload
 
 CONFIG = ModelConfig(
@@ -97,6 +97,12 @@ def test_experts_are_reduced_over_their_axis():
     assert any("ep" in c.axes for c in verification.collectives)
 
 
+def test_a_pipeline_passes_activations_from_stage_to_stage():
+    layout = Layout(pp=2, fsdp=2, tp=2, microbatches=4)
+    verification = verify(CONFIG, TRAIN, layout, "cpu:8")
+    assert any((c.kind, c.axes) == ("collective-permute", ("pp",)) for c in verification.collectives)
+
+
 def test_the_callers_own_jax_is_as_it_was(trained):
     assert len(jax.devices()) == 8
     assert jax.devices()[0].platform == "cpu"
@@ -120,8 +126,10 @@ def test_what_cannot_be_compiled_is_refused_before_or_by_the_process():
         verify(CONFIG, TRAIN, MIXED, "h100:8", "tpu")
     with pytest.raises(ValueError, match=r"global_batch=6 does not divide"):
         verify(CONFIG, dataclasses.replace(TRAIN, global_batch=6), MIXED, "cpu:8")
-    with pytest.raises(NotImplementedError, match="mesh axis 'pp' has size 8"):
-        verify(CONFIG, TRAIN, Layout(pp=8), "cpu:8")
+    with pytest.raises(NotImplementedError, match="mesh axis 'cp' has size 8"):
+        verify(CONFIG, TRAIN, Layout(cp=8), "cpu:8")
+    with pytest.raises(NotImplementedError, match="mesh axis 'pp' has size 2, but no program generates"):
+        verify(CONFIG, SERVE, Layout(pp=2), "cpu:2")
     with pytest.raises(NotImplementedError, match=r"offload=\('optimizer',\)"):
         verify(CONFIG, TRAIN, dataclasses.replace(MIXED, offload=("optimizer",)), "cpu:8")
     with pytest.raises(ValueError, match="depths has 9, but the model has 6 layers"):
@@ -219,3 +227,22 @@ def test_the_compiler_for_tpu_compiles_a_step_and_counts_its_cycles():
 def test_the_compiler_for_tpu_compiles_inference():
     names = [p.name for p in verify(CONFIG, dataclasses.replace(SERVE, precision="mixed"), MIXED, "v5e:2x4").programs]
     assert names == ["prefill", "decode"]
+
+
+@needs_tpu
+@pytest.mark.slow
+def test_what_the_compiler_for_tpu_refuses_does_not_fit_and_is_measured_at_two_depths():
+    # 64 rows of 2048 x 1024 bfloat16 are kept for each layer: 20 GiB in all, on a device of 16.
+    config = dataclasses.replace(CONFIG, embed=1024, layer_kinds=CONFIG.layer_kinds[:1] * 80)
+    verification = verify(config, Workload(global_batch=512, seq_len=2048), Layout(fsdp=8), "v5e:2x4")
+    assert not verification.fits
+    assert "memory" in verification.refusal
+    assert verification.depths == (1, 2)
+    assert verification.compiled.bytes["temp"] >= 80 * 64 * 2048 * 1024 * 2
+    with pytest.raises(OutOfMemory, match="memory"):
+        verify(
+            dataclasses.replace(config, layer_kinds=config.layer_kinds[:2], embed=16_384),
+            Workload(global_batch=1024, seq_len=2048),
+            Layout(fsdp=8),
+            "v5e:2x4",
+        )

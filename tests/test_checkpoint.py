@@ -130,9 +130,13 @@ def test_a_checkpoint_cut_short_is_not_one(model, tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         checkpoint.save(model, tmp_path / "x")
     assert not checkpoint.is_checkpoint(tmp_path / "x")
-    assert not any(tmp_path.iterdir())
+    # Orbax's threads may go on for a moment and leave something in the folder beside, which the next save removes.
+    assert {path.name for path in tmp_path.iterdir()} <= {".x.partial"}
     with pytest.raises(ValueError, match="does not exist"):
         checkpoint.read_about(tmp_path / "x")
+    monkeypatch.undo()
+    checkpoint.save(model, tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_another_models_checkpoint_is_refused_by_name(model, saved):

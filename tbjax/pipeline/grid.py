@@ -6,8 +6,8 @@ simulated with tasks that take equally long and transfers that take no time: it 
 lasts.
 
 Activations and gradients between pieces have one shape, so one pool of slots per stage serves for both: an activation
-from its arrival until the backward of the piece that it enters, a gradient from its arrival until it is used. Pairs, of
-which weight gradients are made, have a pool of their own. Each pool is as deep as the stage that needs most at any
+from its arrival until its last use, a gradient likewise. What forwards keep for backwards and the pairs of which weight
+gradients are made have pools of their own. Each pool is as deep as the stage that needs most at any
 moment, and no deeper: a slot is taken again as soon as it is free.
 """
 
@@ -37,6 +37,7 @@ class Cell(NamedTuple):
     microbatch: Any
     activation: Any  # the slot in which the piece's input stands
     gradient: Any  # the slot in which the gradient of its output stands
+    kept: Any  # the slot into which a forward puts what its backward needs, and from which that takes it
     pairs: Any  # the slot into which an input gradient puts pairs, and from which a weight gradient takes them
     own: Any  # the slot for what this tick makes, where the stage itself uses it
     from_before: Any  # the slot for what the stage before makes in this tick
@@ -52,6 +53,7 @@ class Grid:
     microbatches: int
     cells: Cell
     slots: int  # of activations and gradients
+    kept_slots: int
     pair_slots: int
     down: tuple[tuple[int, int], ...]  # (sender, receiver): transfers to the next stage, from the last one to the first
     up: tuple[tuple[int, int], ...]  # and to the one before
@@ -76,8 +78,13 @@ class Grid:
 
 
 @functools.lru_cache(maxsize=16)
-def lay_out(schedule: Schedule, stages: int, microbatches: int) -> Grid:
-    """The grid of `schedule`. Raises ScheduleError where the schedule cannot run, or sends past a neighbour."""
+def lay_out(schedule: Schedule, stages: int, microbatches: int, *, saves: bool = False) -> Grid:
+    """The grid of `schedule`.
+
+    With `saves` a forward keeps what its backward needs, and the last piece's forward hands the gradient that its
+    backward begins with to its own stage. Otherwise a backward begins with the input of its piece. Raises ScheduleError
+    where the schedule cannot run, or sends past a neighbour.
+    """
     graph = resolve(schedule, stages, microbatches)
     ticks = _ticks(graph, stages)
     shape = max(ticks) + 1, stages
@@ -90,11 +97,12 @@ def lay_out(schedule: Schedule, stages: int, microbatches: int) -> Grid:
             tick = ticks[index]
             cells.kind[tick, stage], cells.chunk[tick, stage], cells.microbatch[tick, stage] = task
             cells.position[tick, stage] = graph.position[index]
-    slots, down, up = _place_transfers(schedule, graph, ticks, cells)
-    pair_slots = _place_pairs(graph, ticks, cells)
+    slots, down, up = _place_transfers(schedule, graph, ticks, cells, saves)
+    kept_slots = _place_own(graph, ticks, cells.kept, Kind.FORWARD, (Kind.BACKWARD, Kind.BACKWARD_INPUT))
+    pair_slots = _place_own(graph, ticks, cells.pairs, Kind.BACKWARD_INPUT, (Kind.BACKWARD_WEIGHT,))
     for array in cells:
         array.setflags(write=False)
-    return Grid(stages, schedule.chunks, microbatches, cells, slots, pair_slots, down, up)
+    return Grid(stages, schedule.chunks, microbatches, cells, slots, kept_slots, pair_slots, down, up)
 
 
 def _ticks(graph: Graph, stages: int) -> list[int]:
@@ -116,7 +124,7 @@ class _Stay(NamedTuple):
 
 
 def _place_transfers(
-    schedule: Schedule, graph: Graph, ticks: list[int], cells: Cell
+    schedule: Schedule, graph: Graph, ticks: list[int], cells: Cell, saves: bool
 ) -> tuple[int, tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
     """Gives every activation and gradient a slot; returns how many there are, and who sends to whom."""
     stages = len(graph.orders)
@@ -129,8 +137,12 @@ def _place_transfers(
             users.setdefault(producer, []).append(index)
         if kind is Kind.FORWARD:
             forwards[place] = index
-        elif kind.sends_gradient and (entered := graph.producer[forwards[place]]) != NONE:
-            users[entered].append(index)  # a backward begins from the piece's input
+        elif kind.sends_gradient:
+            forward = forwards[place]
+            if saves and producer == NONE:
+                users[forward] = [index]  # the last piece's forward makes the gradient
+            elif not saves and (entered := graph.producer[forward]) != NONE:
+                users[entered].append(index)  # a backward begins from the piece's input
     depth = 0
     links: dict[int, set[tuple[int, int]]] = {+1: set(), -1: set(), 0: set()}
     stays: list[list[_Stay]] = [[] for _ in range(stages)]
@@ -144,9 +156,11 @@ def _place_transfers(
             direction = _direction(schedule, sender, stage, stages)
             links[direction].add((sender, stage))
             {0: cells.own, +1: cells.from_before, -1: cells.from_after}[direction][ticks[producer], stage] = slot
-            column = cells.activation if graph.kind[producer] is Kind.FORWARD else cells.gradient
             for user in users[producer]:
-                column[ticks[user], stage] = slot
+                is_activation = (
+                    graph.kind[producer] is Kind.FORWARD and graph.position[user] != graph.position[producer]
+                )
+                (cells.activation if is_activation else cells.gradient)[ticks[user], stage] = slot
     return depth, tuple(sorted(links[+1])), tuple(sorted(links[-1]))
 
 
@@ -164,21 +178,22 @@ def _direction(schedule: Schedule, sender: int, receiver: int, stages: int) -> i
     )
 
 
-def _place_pairs(graph: Graph, ticks: list[int], cells: Cell) -> int:
+def _place_own(graph: Graph, ticks: list[int], column: np.ndarray, writes: Kind, reads: tuple[Kind, ...]) -> int:
+    """Gives a slot to what one task of a stage leaves for a later one; returns how many there are."""
     depth = 0
     for stage, indices in enumerate(graph.indices):
         begun: dict[tuple[int, int], int] = {}
         found = []
         for index in indices:
             place = graph.position[index], graph.microbatch[index]
-            if graph.kind[index] is Kind.BACKWARD_INPUT:
+            if graph.kind[index] is writes:
                 begun[place] = ticks[index]
-            elif graph.kind[index] is Kind.BACKWARD_WEIGHT:
+            elif graph.kind[index] in reads:
                 found.append(_Stay(begun[place], ticks[index], index))
         slots, used = _colour(found)
         depth = max(depth, used)
         for stay in found:
-            cells.pairs[[stay.start, stay.end], stage] = slots[stay.what]
+            column[[stay.start, stay.end], stage] = slots[stay.what]
     return depth
 
 

@@ -77,7 +77,11 @@ def attend(
     if implementation == "cudnn" and reason:
         raise ValueError(f"implementation='cudnn' does not serve here: {reason}.")
     if implementation == "cudnn" or (implementation is None and not reason):
-        return _cudnn(query, key, value, scoring)
+        dims = "batch", None, "kv_heads", None
+        like_keys, like_queries = (sharding.activation(d, a.shape) for d, a in ((dims, key), ((*dims, None), query)))
+        # Per device: the compiler would otherwise ask JAX how to cut the kernel, which fails in a pipeline stage.
+        run = sharding.per_device(partial(_cudnn, scoring), (like_queries, like_keys, like_keys), like_queries)
+        return run(query, key, value)
     on_device = sharding.shard_shape(("batch", None, "kv_heads", None, None), query.shape)
     rows, _, heads, group, _ = on_device
     block = block_queries(query.shape[1], key.shape[1], rows * heads * group)
@@ -115,7 +119,7 @@ def _cudnn_refuses(query: jax.Array, keys: Keys, scoring: Scoring, sharding: Sha
     return ""
 
 
-def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, scoring: Scoring) -> jax.Array:
+def _cudnn(scoring: Scoring, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     b, s, k, g, n = query.shape
     out = jax.nn.dot_product_attention(
         query.reshape(b, s, k * g, n),

@@ -84,6 +84,7 @@ class Layer(NamedTuple):
     weights: int  # elements that the layer computes with
     outwards: int  # of them, the matrix that leads out of the feed-forward layer (of all experts here)
     experts: int  # experts that this device holds; 0: a dense layer
+    ep: int  # devices that hold the others, whose tokens are brought together
     chosen: int  # experts of a token
     router: int  # scores of a token's experts
     heads: int
@@ -133,6 +134,7 @@ def _layer(config: ModelConfig, kind: LayerKind, tp: int, ep: int, sequence_para
         ),
         outwards=max(experts, 1) * d * (mlp // tp),
         experts=experts,
+        ep=ep,
         chosen=config.experts.experts_per_token if kind.sparse else 0,
         router=config.experts.experts if kind.sparse else 0,
         heads=heads,

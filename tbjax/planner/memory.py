@@ -34,6 +34,16 @@ LOGITS_CHUNK = 128 * 2**20
 FRAGMENTATION = 0.01
 
 
+# Whole copies of each stack of matrices that the Newton-Schulz iteration of optax's muon has at once.
+MUON_COPIES = 1.8
+
+# Slots for what arrives at a stage in the interleaved schedule, for up to eight stages.
+MOST_TRANSFERS = 5
+
+# What remat="none" keeps inside a norm: two arrays of float32, each as large as two of bfloat16.
+NORM_ARRAYS = 4
+
+
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes per device at the moment when they are most, on the pipeline stage that has most."""
@@ -73,6 +83,13 @@ def activations_in_flight(schedule: Schedule, stages: int, microbatches: int, ch
     return min(held, microbatches)
 
 
+def transfers_in_flight(schedule: Schedule, stages: int, microbatches: int) -> int:
+    """Slots that a stage has for what arrives from its neighbours (`tbjax.pipeline.grid`)."""
+    if stages == 1:
+        return 0
+    return microbatches if schedule == "gpipe" else MOST_TRANSFERS if schedule == "interleaved" else 3
+
+
 # Training.
 
 
@@ -89,9 +106,17 @@ def _training(config: ModelConfig, workload: Workload, layout: Layout, vendor: V
     state = sum(_state(workload, shard) for shard in shards(config, layout, cut=strategy.cuts_optimizer)) * stored
     stacks = sum(shard.tiled if vendor == "google" else shard.local for shard in gradients if shard.stacked) * stored
     accumulated = sum(shard.local for shard in gradients) * stored if layout.microbatches > 1 else 0
+    if layout.pp > 1:
+        # A pipeline adds each layer's gradient to the sums as soon as it is there, in float32.
+        accumulated, stacks = sum(shard.local for shard in gradients) * 4, 0
 
     flight = activations_in_flight(layout.schedule, layout.pp, layout.microbatches, layout.chunks)
-    saved = flight * share * tokens * compute * sum(kind.repeats * _saved(kind, layout.remat) for kind in kinds)
+    of_microbatch = share * tokens * compute
+    saved = flight * of_microbatch * sum(kind.repeats * _saved(kind, layout.remat) for kind in kinds)
+    if layout.pp > 1 and layout.schedule.startswith("zb"):
+        # From a gradient of the input until that of the weights, the two factors of every weight's gradient are kept.
+        saved += flight * of_microbatch * sum(kind.repeats * _factors(kind) for kind in kinds)
+    arriving = transfers_in_flight(layout.schedule, layout.pp, layout.microbatches) * tokens * compute * config.embed
 
     host = 0
     if "optimizer" in layout.offload:
@@ -105,11 +130,12 @@ def _training(config: ModelConfig, workload: Workload, layout: Layout, vendor: V
         "optimizer": state,
         "batch": 8 * tokens * layout.microbatches + 4 * tokens * config.head_dim,  # tokens and targets; rope's angles
         "gradients": accumulated,
+        "arriving activations": arriving,
     }
-    if vendor == "google" and compute < stored:
-        # The casts of all layers' weights are taken out of the loop over layers, and stay for the whole step.
-        throughout["cast weights"] = sum(shard.tiled for shard in held if shard.stacked) * compute
     until_embedding = {"gradients": accumulated + stacks, "saved activations": math.ceil(saved)}
+    if vendor == "google" and compute < stored:
+        # The casts of all layers' weights are taken out of the loops over layers, and stay until the last has ended.
+        until_embedding["cast weights"] = sum(shard.tiled for shard in held if shard.stacked) * compute
 
     table = config.padded_vocab // layout.tp * config.embed
     # XLA for CPUs allocates the stacks of gradients before the loss, the others after it.
@@ -125,6 +151,11 @@ def _training(config: ModelConfig, workload: Workload, layout: Layout, vendor: V
         whole = max(shard.largest for shard in held) * stored
         parts = sum(shard.local for shard in shards(config, layout, cut=True)) * stored
         moments["update"] = {"gradients": accumulated or parts, "new parameters": parts + whole}
+    if workload.optimizer == "muon":
+        # Every stack of matrices is orthogonalised as a whole, so that it is brought together on every device.
+        matrices = sum(shard.elements for shard in held if shard.stacked and shard.matrix) // (layout.pp * layout.tp)
+        parts = sum(shard.local for shard in held) * stored
+        moments["update"] = {"gradients": parts, "orthogonalisation": int(stored * matrices * MUON_COPIES) + parts}
     return _worst(throughout, moments, host)
 
 
@@ -140,6 +171,8 @@ def _state(workload: Workload, shard: Shard) -> int:
             return 2 * shard.local
         case "adafactor":
             return 0 if shard.matrix else shard.local  # rows and columns of a matrix: nothing beside it
+        case "muon":
+            return shard.local if shard.matrix and shard.stacked else 2 * shard.local  # AdamW for tables and norms
         case _:
             return shard.local
 
@@ -153,10 +186,20 @@ def _saved(layer: Layer, remat: str) -> int:
     matmuls = layer.queries + 2 * layer.keys + outwards + layer.router
     if remat == "dots":
         return layer.residual + matmuls + (0 if layer.experts else layer.inner)
-    wide = 2 * layer.residual  # what the norms gave
+    # What is inside both norms and what they gave; what attention took and gave; for each matrix into the feed-forward
+    # layer its result and two factors of its gradient.
+    kept = layer.residual * (1 + 2 * NORM_ARRAYS) + layer.embed * 2 + 2 * layer.queries + 2 * layer.keys
     if layer.experts:
-        return layer.residual + matmuls + wide + layer.chosen * (2 * layer.inner + layer.embed)
-    return layer.residual + matmuls + wide + layer.queries + 2 * layer.inner
+        rows = layer.ep * layer.chosen
+        return kept + layer.router + rows * (3 * layer.inner + 2 * layer.embed)
+    return kept + 3 * layer.inner
+
+
+def _factors(layer: Layer) -> int:
+    """Elements of one token from which the gradients of a layer's matrices are made."""
+    streams = 4 * layer.embed  # what the projections take, and the gradients of what they hand on
+    inner = layer.inner + layer.inner // layer.matrices
+    return streams + 2 * layer.queries + 2 * layer.keys + inner * max(1, layer.ep * layer.chosen)
 
 
 def _loss(config: ModelConfig, workload: Workload, layout: Layout, vendor: Vendor, tokens: int) -> dict[str, int]:
@@ -200,9 +243,11 @@ def _moments(layer: Layer, workload: Workload, layout: Layout, vendor: Vendor, r
         feed_forward = feed_forward._replace(scores=1)
 
     gathered = 0
+    if layout.pp > 1:
+        gathered = layer.weights * int(workload.parameter_bytes)  # a stage takes a layer's weights out of its stack
     if _gathers(layout):
         # All of a layer's weights but the first that the backward pass has done with.
-        gathered = (layer.weights - (0 if layer.experts else layer.outwards)) * compute
+        gathered += (layer.weights - (0 if layer.experts else layer.outwards)) * compute
     result = {}
     for name, live in (("feed-forward", feed_forward), ("attention", attention)):
         result[name] = {

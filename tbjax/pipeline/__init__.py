@@ -8,5 +8,12 @@
     partition   layers to stages
     picture     a timeline as SVG and as text
 
-Nothing here imports JAX.
+None of these imports JAX. What runs a schedule does:
+
+    grid        a schedule as a table: what each stage does in each tick, and in which buffers
+    phases      a layer's computation taken apart: forward, input gradient, weight gradients
+    stages      a decoder cut into pieces
+    training    what a stage does in training
+    exchange    layers from where they are stored to the stages that run them
+    execute     the program: one scan over ticks for all stages
 """

@@ -25,6 +25,7 @@ from tbjax.config import ModelConfig
 from tbjax.model import Decoder, Hidden
 from tbjax.pipeline.execute import pipelined_gradients
 from tbjax.pipeline.schedule import OneFOneB, Schedule
+from tbjax.pipeline.training import StageRemat
 from tbjax.remat import Remat
 from tbjax.sharding import Sharding, leaves
 from tbjax.train.loss import cross_entropy
@@ -101,14 +102,14 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     precision: Precision = "mixed",
-    remat: Remat = "full",
+    remat: StageRemat = "full",
     microbatches: int = 1,
     schedule: Schedule | None = None,
 ) -> jax.stages.Wrapped:
     """The step, jitted; it takes the state's memory for the next state.
 
-    `schedule` is for meshes with pp > 1 (default: 1F1B). There `remat` is about the backward of a stage, which always
-    begins from the stage's input.
+    `schedule` is for meshes with pp > 1 (default: 1F1B), and so is remat="stage", which keeps the least: the input of a
+    stage.
     """
     _, dtype = _dtypes(precision)
 
@@ -136,7 +137,7 @@ def gradients_of(
     batch: Batch,
     *,
     dtype: Any,
-    remat: Remat,
+    remat: StageRemat,
     microbatches: int,
     auxiliary: bool = True,
     schedule: Schedule | None = None,
@@ -168,6 +169,8 @@ def gradients_of(
             remat=remat,
         )
         return total, lay(as_dict(found)), targets
+    if remat == "stage":
+        raise ValueError("remat='stage' keeps the input of a pipeline stage: it is for meshes with pp > 1.")
 
     values = as_dict(model)
     if microbatches == 1:

@@ -259,7 +259,7 @@ class Decoder(nnx.Module):
             old = None if cache is None else jax.tree.map(lambda a: a[index], cache)
             x, new, loads = self.repeat(group, blocks, x, around, old, remat)
             if cache is not None:
-                cache = jax.tree.map(lambda a, b: a.at[index].set(b), cache, new)
+                cache = jax.tree.map(lambda a, b: self._kept(a.at[index].set(b)), cache, new)
             return (x, cache), loads
 
         repeats = self.config.groups[group].repeats
@@ -272,6 +272,11 @@ class Decoder(nnx.Module):
             (x, cache), out = once((x, cache), jax.tree.map(lambda a, index=index: a[index], xs))
             outs.append(out)
         return x, cache, jax.tree.map(lambda *a: jnp.stack(a), *outs)
+
+    def _kept(self, cache: jax.Array) -> jax.Array:
+        """A stack of keys or values [R, B, T, K, N], in that order in memory: attention would like others best, and the
+        compiler would turn the whole stack to please it."""
+        return self.sharding.in_order(cache, None, "batch", None, "kv_heads", None)
 
 
 def _truths(mask: Any) -> jax.Array:

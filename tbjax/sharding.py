@@ -256,6 +256,10 @@ class Sharding:
         """Tells the compiler how `value` is to lie."""
         return self._constrain(value, self.activation(dims, value.shape))
 
+    def in_order(self, value: jax.Array, *dims: str | None) -> jax.Array:
+        """As `constrain`, and in memory its dimensions stand in the order that they have in its shape."""
+        return _pinned(value, self, self.activation(dims, value.shape))
+
     def residual(self, value: jax.Array) -> jax.Array:
         """As `constrain` for the residual stream [B, S, D], whose sequence lies over tp under sequence parallelism."""
         spec = self.activation(("batch", "sequence", None), value.shape)

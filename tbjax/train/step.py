@@ -150,9 +150,6 @@ def gradients_of(
         )
     targets = jnp.sum(batch.targets >= 0)
 
-    def loss(values: Parameters, part: Batch) -> jax.Array:
-        return loss_of(with_parameters(model, values), part, targets, dtype=dtype, remat=remat, auxiliary=auxiliary)
-
     def lay(gradients: Parameters) -> Parameters:
         return _lay(gradients, model, model.sharding.strategy.cuts_gradients)
 
@@ -171,6 +168,9 @@ def gradients_of(
         return total, lay(as_dict(found)), targets
     if remat == "stage":
         raise ValueError("remat='stage' keeps the input of a pipeline stage: it is for meshes with pp > 1.")
+
+    def loss(values: Parameters, part: Batch) -> jax.Array:
+        return loss_of(with_parameters(model, values), part, targets, dtype=dtype, remat=remat, auxiliary=auxiliary)
 
     values = as_dict(model)
     if microbatches == 1:

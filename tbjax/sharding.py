@@ -15,7 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +160,7 @@ class Sharding:
             return value
         dims = tuple(variable.dims)
         used, stored = (self.parameter(dims, value.shape, cut=cut).spec for cut in (False, True))
-        value = _gathered(value, self, used, stored)
+        value = cast(jax.Array, _gathered(value, self, used, stored))
         if _inside_shard_map() and self.size("tp") > 1 and not any(used):
             # The compiler would share the gradient's matmul out over tp and lay the result as it is stored by a
             # permute, for which in a pipeline it makes stages wait that do something else. So it is laid as it is used

@@ -161,6 +161,17 @@ CASES = (
     Case("7b pp zb-h1", "llama-2-7b", "h100:8", train(16, 2048),
          {"pp": 4, "tp": 2, "microbatches": 16, "schedule": "zb-h1"}),
     Case("7b pp dots", "llama-2-7b", "h100:8", train(32), {"pp": 2, "fsdp": 4, "microbatches": 8, "remat": "dots"}),
+    # Predicted before they were compiled, and nothing fitted to them.
+    Case("falcon 40b fsdp x tp", "falcon-40b", "h100:4x8", train(32, 2048), {"fsdp": 8, "tp": 4}),
+    Case("gemma 3 4b fsdp", "gemma-3-4b-pt", "h100:8", train(16, 2048), {"fsdp": 8}),
+    Case("llama 3.2 3b dp x fsdp x tp dots", "llama-3.2-3b", "h100:2x8", train(32, 2048),
+         {"dp": 2, "fsdp": 4, "tp": 2, "remat": "dots"}),
+    Case("qwen3 8b fsdp x tp, microbatches", "qwen3-8b", "h200:8", train(16), {"fsdp": 4, "tp": 2, "microbatches": 2}),
+    Case("qwen3 30b a3b ep x fsdp", "qwen3-30b-a3b", "h200:2x8", train(16, 1024), {"fsdp": 2, "ep": 8}),
+    Case("13b fsdp none, sequence parallel", "llama-2-13b", "h100:2x8", train(16, 2048),
+         {"fsdp": 8, "tp": 2, "remat": "none", "sequence_parallel": True}),
+    Case("llama 3.1 70b serve tp, long", "llama-3.1-70b", "h200:8", serve(4, 32768, 2048), {"tp": 8}),
+    Case("qwen2.5 7b serve fsdp x tp", "qwen2.5-7b", "h100:8", serve(32, 4096, 512), {"fsdp": 4, "tp": 2}),
     Case("70b fsdp x tp, more than fits", "llama-2-70b", "h100:8x8", train(128), {"fsdp": 8, "tp": 8}),
     Case("13b serve, more than fits", "llama-2-13b", "a100-40:1", serve(16, 4096, 1024), {}),
     # The CPU.
@@ -261,13 +272,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 console.print(f"{case.name}: {found[case.name].total / GiB:.2f} GiB")
     cases = [case for case in CASES if case.name in found]
     console.print(table(cases, found))
-    errors = {case: error(case, found[case.name]) for case in cases}
+    errors = {case.name: error(case, found[case.name]) for case in cases}
     if errors:
-        worst = max(errors, key=lambda case: abs(errors[case]))
+        worst = max(errors, key=lambda name: abs(errors[name]))
         mean = sum(map(abs, errors.values())) / len(errors)
-        console.print(
-            f"{len(errors)} cases: mean absolute error {mean:.1%}, worst {errors[worst]:+.1%} ({worst.name})."
-        )
+        console.print(f"{len(errors)} cases: mean absolute error {mean:.1%}, worst {errors[worst]:+.1%} ({worst}).")
 
 
 if __name__ == "__main__":

@@ -20,13 +20,18 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
 from tbjax.config import LayerKind, ModelConfig
-from tbjax.planner.device import Vendor
+from tbjax.planner.device import Hardware, Vendor
 from tbjax.planner.parameters import layer_tensors
+from tbjax.planner.workload import Workload
 
 # `tbjax.layers.attend`: the float32 scores that a block of queries may have on a device, and what its queries are a
 # multiple of.
 SCORE_BYTES = 64 * 2**20
 BLOCK_MULTIPLE = 128
+
+# There too: the least compute capability, and the widest heads, that cuDNN's attention is used for.
+CUDNN_CAPABILITY = 8
+CUDNN_HEAD_DIM = 128
 
 
 class Live(NamedTuple):
@@ -72,6 +77,19 @@ def compiler(vendor: Vendor, compute_bytes: int) -> Compiler:
     return "cpu, bfloat16" if vendor == "cpu" and compute_bytes == 2 else vendor
 
 
+def is_fused(config: ModelConfig, workload: Workload, hardware: Hardware) -> bool:
+    """Whether attention in training is cuDNN's: `tbjax.layers.attend` again."""
+    return (
+        hardware.vendor == "nvidia"
+        and int(hardware.target.get("major", CUDNN_CAPABILITY)) >= CUDNN_CAPABILITY
+        and workload.compute_bytes == 2
+        and config.head_dim <= CUDNN_HEAD_DIM
+        and config.head_dim % 8 == 0
+        and config.attention_softcap is None
+        and not config.alibi
+    )
+
+
 class Layer(NamedTuple):
     """The sizes of one layer on one device."""
 
@@ -84,8 +102,7 @@ class Layer(NamedTuple):
     weights: int  # elements that the layer computes with
     outwards: int  # of them, the matrix that leads out of the feed-forward layer (of all experts here)
     experts: int  # experts that this device holds; 0: a dense layer
-    ep: int  # devices that hold the others, whose tokens are brought together
-    chosen: int  # experts of a token
+    copies: int  # rows of each token in the feed-forward layer: ep peers' tokens are gathered, once for each expert
     router: int  # scores of a token's experts
     heads: int
     matrices: int  # that lead into the feed-forward layer
@@ -134,8 +151,7 @@ def _layer(config: ModelConfig, kind: LayerKind, tp: int, ep: int, sequence_para
         ),
         outwards=max(experts, 1) * d * (mlp // tp),
         experts=experts,
-        ep=ep,
-        chosen=config.experts.experts_per_token if kind.sparse else 0,
+        copies=ep * config.experts.experts_per_token if kind.sparse else 1,
         router=config.experts.experts if kind.sparse else 0,
         heads=heads,
         matrices=matrices,

@@ -14,8 +14,10 @@ from tbjax.layers.attention import HeadLayout
 from tbjax.pipeline.grid import lay_out
 from tbjax.pipeline.schedule import named
 from tbjax.planner import liveness
+from tbjax.planner.flight import activations_in_flight, arrivals_in_flight
 from tbjax.planner.hardware import cluster
-from tbjax.planner.memory import LOGITS_CHUNK, Memory, activations_in_flight, memory, transfers_in_flight
+from tbjax.planner.memory import Memory, memory
+from tbjax.planner.moments import LOGITS_CHUNK
 from tbjax.planner.workload import Layout, Workload
 from tbjax.sharding import ShardingStrategy
 from tbjax.train import loss
@@ -38,6 +40,8 @@ def held(workload: Workload = TRAIN, layout: Layout = FSDP, config=LLAMA, **chan
 def test_chunks_and_blocks_are_those_of_the_program() -> None:
     assert LOGITS_CHUNK == loss.CHUNK_BYTES
     assert (liveness.SCORE_BYTES, liveness.BLOCK_MULTIPLE) == (attend.SCORE_BYTES, attend.BLOCK_MULTIPLE)
+    cudnn = (liveness.CUDNN_CAPABILITY, liveness.CUDNN_HEAD_DIM)
+    assert cudnn == (attend.CUDNN_CAPABILITY, attend.CUDNN_HEAD_DIM)
 
 
 @given(queries=draw.integers(1, 40_000), keys=draw.integers(1, 40_000), heads=draw.integers(1, 512))
@@ -128,7 +132,7 @@ def test_what_is_in_flight_is_what_the_executor_has_slots_for(name, stages: int,
         pytest.skip("it runs microbatches in groups of as many as there are stages")
     grid = lay_out(schedule, stages, microbatches, saves=True)
     assert activations_in_flight(name, stages, microbatches, schedule.chunks) * schedule.chunks == grid.kept_slots
-    assert transfers_in_flight(name, stages, microbatches) >= grid.slots - 1
+    assert arrivals_in_flight(name, stages, microbatches) >= grid.slots - 1
 
 
 def test_interleaving_holds_a_little_more() -> None:

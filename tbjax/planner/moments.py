@@ -1,0 +1,300 @@
+"""The moments at which a program's memory can peak, with the bytes that are alive at each: see `memory`."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple, TypeAlias
+
+from tbjax.config import ModelConfig
+from tbjax.planner import liveness
+from tbjax.planner.device import Hardware
+from tbjax.planner.flight import activations_in_flight, arrivals_in_flight
+from tbjax.planner.liveness import Compiler, Layer, Live
+from tbjax.planner.parameters import Shard, shards
+from tbjax.planner.workload import Layout, Remat, Workload
+
+# Float32 logits that the loss computes at once on a device (`tbjax.train.loss.CHUNK_BYTES`).
+LOGITS_CHUNK = 128 * 2**20
+
+# Copies of a stage's weights while pieces are sent to other stages: what was there, what is on its way, what arrived.
+EXCHANGED = 2.2
+
+# Whole copies of each stack of matrices that the Newton-Schulz iteration of optax's muon has at once.
+MUON_COPIES = 1.8
+
+# What remat="none" keeps inside a norm: two arrays of float32, each as large as two of bfloat16.
+NORM_ARRAYS = 4
+
+Parts: TypeAlias = dict[str, float]
+
+
+class Moments(NamedTuple):
+    """Bytes by part."""
+
+    throughout: Parts  # at every moment, unless the moment says otherwise
+    moments: list[tuple[str, Parts]]
+    host: float = 0
+
+
+class Step(NamedTuple):
+    """What is to be priced, with the sizes that every part of it asks for."""
+
+    config: ModelConfig
+    workload: Workload
+    layout: Layout
+    hardware: Hardware
+    compiler: Compiler
+    kinds: tuple[Layer, ...]
+    layers: float  # of the fullest stage
+    rows: int  # sequences of a microbatch on a device
+    tokens: int
+    compute: int  # bytes of an activation, as the compiler keeps it
+    table: int  # elements of the vocabulary's table in use
+
+    @classmethod
+    def make(cls, config: ModelConfig, workload: Workload, layout: Layout, hardware: Hardware, length: int) -> "Step":
+        rows = layout.rows(workload)
+        return cls(
+            config,
+            workload,
+            layout,
+            hardware,
+            liveness.compiler(hardware.vendor, workload.compute_bytes),
+            liveness.layers(config, layout.tp, layout.ep, layout.sequence_parallel),
+            -(-config.layers // layout.pp),
+            rows,
+            rows * -(-length // layout.cp),
+            4 if hardware.vendor == "cpu" else workload.compute_bytes,  # a CPU has no other floating point
+            config.padded_vocab // layout.tp * config.embed,
+        )
+
+    @property
+    def gathers(self) -> bool:
+        """Whether weights lie in parts that are brought together where they are used."""
+        return self.layout.strategy.cuts_parameters and self.layout.fsdp * self.layout.ep > 1
+
+
+# Training.
+
+
+def of_training(config: ModelConfig, workload: Workload, layout: Layout, hardware: Hardware) -> Moments:
+    step = Step.make(config, workload, layout, hardware, workload.seq_len)
+    stored, strategy = workload.parameter_bytes, layout.strategy
+    held = shards(config, layout)
+    gradients = shards(config, layout, cut=strategy.cuts_gradients)
+    parts = shards(config, layout, cut=strategy.cuts_optimizer)  # what the optimizer works on
+    state = stored * sum(_state(workload, shard) for shard in parts)
+    saved = _saved_bytes(step)
+
+    host = 0.0
+    if "optimizer" in layout.offload:
+        host += state
+        state /= step.layers  # one layer's part is on the device while it is updated
+    if "activations" in layout.offload:
+        host += saved
+        saved *= 2 / step.layers  # one layer's on its way out or in, and the one that is computed with
+
+    summed = stacks = 0.0
+    if layout.pp > 1:
+        # A pipeline adds each layer's gradient to the sums as soon as it is there, in float32.
+        summed = 4 * _local(gradients)
+    else:
+        stacks = stored * sum(
+            shard.tiled if step.compiler == "google" else shard.local for shard in gradients if shard.stacked
+        )
+        summed = stored * _local(gradients) if layout.microbatches > 1 else 0
+    throughout: Parts = {
+        "parameters": stored * _local(held),
+        "optimizer": state,
+        "batch": step.tokens * (8 * layout.microbatches + 4 * config.head_dim),  # tokens, targets; rope's angles
+        "gradients": summed,
+        "arriving activations": (
+            arrivals_in_flight(layout.schedule, layout.pp, layout.microbatches)
+            * (step.tokens * step.compute * config.embed)
+        ),
+    }
+    layers: Parts = {"gradients": summed + stacks, "saved activations": saved}  # until the backward pass has ended
+    if step.compiler == "google" and step.compute < stored:
+        # The casts of all layers' weights are taken out of the loops over layers.
+        layers["cast weights"] = step.compute * sum(shard.tiled for shard in held if shard.stacked)
+    if layout.pp > 1 and (layout.schedule == "zb-v" or layout.chunks > 1):
+        # Layers lie in order over the stages, but a stage of such a schedule runs pieces that are apart: they are sent
+        # to where they run, and the gradients back.
+        layers["exchanged weights"] = stored * sum(shard.local for shard in held if shard.stacked)
+
+    # The head's gradient waits for the update, in the precision that it was computed in.
+    head = step.table * step.compute / (layout.fsdp * layout.ep if strategy.cuts_gradients else 1)
+    # XLA for CPUs allocates the stacks of gradients before the loss, the others after it.
+    before = layers if hardware.vendor == "cpu" else {**layers, "gradients": summed}
+    found = [("loss", {**before, **_loss(step)})]
+    for kind in step.kinds:
+        for name, alive in _backward(step, kind):
+            found.append((f"backward of {name}", {**layers, "head": head, **alive}))
+    embedding = {"gradients": summed + stacks, "head": head, "embedding": step.table * (4 + step.compute)}
+    found.append(("embedding", embedding))
+    if "exchanged weights" in layers:
+        found.append(("exchange", {**layers, "exchanged weights": EXCHANGED * layers["exchanged weights"]}))
+    if strategy.cuts_optimizer and not strategy.cuts_parameters:
+        whole = max(shard.largest for shard in held)
+        update = {"gradients": summed or stored * _local(parts), "new parameters": stored * (_local(parts) + whole)}
+        found.append(("update", update))
+    if workload.optimizer == "muon":
+        # Every stack of matrices is orthogonalised as a whole, so that it is brought together on every device.
+        matrices = sum(shard.elements for shard in held if shard.stacked and shard.matrix) / (layout.pp * layout.tp)
+        update = {"gradients": stored * _local(held)}
+        update["orthogonalisation"] = stored * (MUON_COPIES * matrices + _local(held))
+        found.append(("update", update))
+    return Moments(throughout, found, host)
+
+
+def _local(found: tuple[Shard, ...]) -> int:
+    return sum(shard.local for shard in found)
+
+
+def _state(workload: Workload, shard: Shard) -> int:
+    """Elements of optimizer state for parameters of one kind, on one device."""
+    match workload.optimizer:
+        case "adamw":
+            return 2 * shard.local
+        case "adafactor":
+            return 0 if shard.matrix else shard.local  # rows and columns of a matrix: nothing beside it
+        case "muon":
+            return shard.local if shard.matrix and shard.stacked else 2 * shard.local  # AdamW for tables and norms
+        case _:
+            return shard.local
+
+
+def _saved_bytes(step: Step) -> float:
+    """What forward passes leave for backward passes, on the stage that holds most."""
+    layout = step.layout
+    held = sum(kind.repeats * _saved(kind, layout.remat) for kind in step.kinds)
+    if layout.pp > 1 and layout.schedule.startswith("zb"):
+        # From a gradient of the input until that of the weights, the two factors of every weight's gradient are kept.
+        held += sum(kind.repeats * _factors(kind) for kind in step.kinds)
+    share = step.layers / step.config.layers
+    flight = activations_in_flight(layout.schedule, layout.pp, layout.microbatches, layout.chunks)
+    return flight * share * step.tokens * step.compute * held
+
+
+def _saved(layer: Layer, remat: Remat) -> int:
+    """Elements of one token that a layer's forward pass leaves for its backward pass."""
+    if remat == "full":
+        return layer.residual
+    if remat == "dots":
+        # Of the attention's output projection and, where a norm follows, of the feed-forward layer's.
+        outwards = layer.residual * (2 if layer.post_norm else 1)
+        inner = 0 if layer.experts else layer.inner  # ragged matmuls are not among them
+        return layer.residual + layer.queries + 2 * layer.keys + outwards + layer.router + inner
+    # What is inside both norms and what they gave; what attention took and gave; for each matrix into the feed-forward
+    # layer its result and two factors of its gradient.
+    norms = layer.residual * 2 * NORM_ARRAYS + layer.embed * 2
+    attention = 2 * layer.queries + 2 * layer.keys
+    inner = layer.copies * (3 * layer.inner + (2 * layer.embed if layer.experts else 0))
+    return layer.residual + norms + attention + layer.router + inner
+
+
+def _factors(layer: Layer) -> int:
+    """Elements of one token from which the gradients of a layer's matrices are made."""
+    streams = 4 * layer.embed  # what the projections take, and the gradients of what they hand on
+    return streams + 2 * layer.queries + 2 * layer.keys + layer.copies * (layer.inner + layer.inner // layer.matrices)
+
+
+def _loss(step: Step) -> Parts:
+    """The head's table as it is used, its gradient's sum in float32, a chunk of logits, states and their gradient."""
+    vocabulary = step.config.padded_vocab // step.layout.tp
+    chunks = max(1, math.ceil(4 * step.tokens * vocabulary / LOGITS_CHUNK))
+    logits = math.ceil(step.tokens / chunks) * vocabulary
+    if step.hardware.vendor == "cpu":
+        # The sum so far, the new part of it and the table, all in float32; the zeros that it starts from, too, if they
+        # are not cut over devices. Where the program has bfloat16, the table in that as well.
+        head = 4 * (3 if step.gathers else 4) + (2 if step.compiler == "cpu, bfloat16" else 0)
+        logits *= 4
+    else:
+        head = 4 + step.compute * (step.gathers or step.compute < step.workload.parameter_bytes)
+        logits *= 4 + step.compute
+        if step.compiler == "nvidia" and step.gathers and step.table * step.compute > logits:
+            # As it is gathered, and as the matmul takes it; the first is gone once there are logits.
+            head, logits = head + step.compute, 0
+    states = 2 * step.tokens * step.config.embed * step.compute
+    return {"head": step.table * head, "logits": logits, "working set": states}
+
+
+def _backward(step: Step, layer: Layer) -> Iterator[tuple[str, Parts]]:
+    """What a layer has alive in its backward pass: at the gradients of its feed-forward part, and of its attention."""
+    layout, compiler = step.layout, step.compiler
+    sequence = step.tokens // step.rows
+    block = liveness.block_of(sequence, step.workload.seq_len, step.rows * layer.heads)
+    scores = step.rows * layer.heads * block * step.workload.seq_len
+    fused = liveness.is_fused(step.config, step.workload, step.hardware)
+    attention = liveness.FUSED if fused else liveness.ATTENTION[compiler]
+    feed_forward = liveness.FEED_FORWARD[compiler]
+    if layout.tp > 1:
+        feed_forward = feed_forward._replace(embed=feed_forward.embed + liveness.REDUCED[compiler])
+    if block == sequence and not fused:
+        feed_forward = feed_forward._replace(scores=1)
+
+    weights = 0.0
+    if layout.pp > 1:
+        weights += layer.weights * step.workload.parameter_bytes  # a stage takes a layer's weights out of its stack
+    if step.gathers:
+        # All of a layer's weights but the first that the backward pass has done with.
+        weights += (layer.weights - (0 if layer.experts else layer.outwards)) * step.compute
+    for name, live in (("feed-forward", feed_forward), ("attention", attention)):
+        alive = step.tokens * step.compute * _width(layer, live, layout, compiler)
+        of_scores = scores * (4 * live.scores + step.compute) if live.scores else 0
+        yield name, {"working set": alive, "scores": of_scores, "gathered weights": weights}
+
+
+def _width(layer: Layer, live: Live, layout: Layout, compiler: Compiler) -> float:
+    """Elements a token that are alive."""
+    embed = live.embed * layer.embed
+    if layout.sequence_parallel:
+        whole = min(live.embed, liveness.GATHERED[compiler])
+        embed = whole * layer.embed + (live.embed - whole) * layer.residual
+    width = embed + live.queries * layer.queries + live.keys * layer.keys
+    if not layer.experts:
+        return width + live.inner * layer.inner
+    if compiler != "nvidia":
+        return width + layer.copies * (live.inner * layer.inner + live.rows * layer.embed)
+    # XLA for NVIDIA has no ragged matmul. It makes a copy of the rows for every expert that the device holds, with
+    # zeros in the place of those that are another's, and transposes two of them where there are several.
+    spread = layer.experts * (3 if layer.experts == 1 else 5) / layer.matrices
+    return width + layer.copies * (spread * layer.inner + (live.rows + 2 * layer.experts) * layer.embed)
+
+
+# Inference.
+
+
+def of_inference(config: ModelConfig, workload: Workload, layout: Layout, hardware: Hardware) -> Moments:
+    step = Step.make(config, workload, layout, hardware, workload.prompt_len)
+    compute = workload.compute_bytes
+    slots = step.rows * -(-workload.seq_len // layout.cp)
+    share = step.layers / config.layers
+    held = shards(config, layout)
+    throughout: Parts = {
+        "parameters": workload.parameter_bytes * _local(held),
+        "KV cache": share * slots * compute * sum(kind.repeats * kind.cached for kind in step.kinds),
+    }
+    head = 0
+    if step.compiler == "cpu, bfloat16":
+        # XLA for CPUs casts all weights before the loop over layers, and the head's three times over.
+        head = 4 * step.table
+        throughout["cast weights"] = head + 4 * sum(shard.local for shard in held if shard.stacked)
+    found: list[tuple[str, Parts]] = []
+    for kind in step.kinds:
+        cache = slots * compute * kind.cached  # of one layer, read out of the whole
+        found.append(("decode", {"working set": cache, "head": 2 * head}))
+        # The residual stream, its normed copy and, over tp, the sum of partial results.
+        stream = (3 if layout.tp > 1 else 2) * kind.embed
+        keys = -(-workload.seq_len // layout.cp)
+        block = liveness.block_of(step.tokens // step.rows, keys, step.rows * kind.heads)
+        attention = step.tokens * compute * (stream + kind.queries + 2 * kind.keys)
+        scores = step.rows * kind.heads * block * keys * (4 + compute)
+        found.append(("prefill, attention", {"working set": cache + attention, "scores": scores}))
+        inner = kind.inner + kind.queries
+        if kind.experts:
+            spread = kind.experts if step.compiler == "nvidia" else 1
+            inner = kind.copies * (kind.inner + spread * kind.inner // kind.matrices)
+        weights = (kind.weights - kind.outwards) * compute if step.gathers else 0
+        feed_forward = cache + step.tokens * compute * (stream + inner)
+        found.append(("prefill, feed-forward", {"working set": feed_forward, "gathered weights": weights}))
+    return Moments(throughout, found)

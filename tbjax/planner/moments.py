@@ -1,5 +1,6 @@
 """The moments at which a program's memory can peak, with the bytes that are alive at each: see `memory`."""
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
@@ -10,7 +11,8 @@ from tbjax.planner.device import Hardware
 from tbjax.planner.flight import activations_in_flight, arrivals_in_flight
 from tbjax.planner.liveness import Compiler, Layer, Live
 from tbjax.planner.parameters import Shard, shards
-from tbjax.planner.workload import Layout, Remat, Workload
+from tbjax.planner.workload import Layout, Optimizer, Remat, Workload
+from tbjax.sharding import ShardingStrategy
 
 # Float32 logits that the loss computes at once on a device (`tbjax.train.loss.CHUNK_BYTES`).
 LOGITS_CHUNK = 128 * 2**20
@@ -73,16 +75,51 @@ class Step(NamedTuple):
         return self.layout.strategy.cuts_parameters and self.layout.fsdp * self.layout.ep > 1
 
 
+class Weights(NamedTuple):
+    """Elements on one device, of parameters and of what belongs to them."""
+
+    held: int  # parameters
+    stacked: int  # of them, those in stacks of layers
+    stacked_tiled: int  # as a TPU stores what it computes
+    matrices: int  # of the whole model: matrices in stacks
+    largest: int  # tensor
+    gradients: int
+    gradient_stacks: int
+    gradient_stacks_tiled: int
+    parts: int  # parameters that the optimizer works on
+    state: int
+
+
+@functools.lru_cache(maxsize=16384)
+def _weights(
+    config: ModelConfig, optimizer: Optimizer, strategy: ShardingStrategy, pp: int, fsdp: int, ep: int, tp: int
+) -> Weights:
+    layout = Layout(pp=pp, fsdp=fsdp, ep=ep, tp=tp, strategy=strategy)
+    held = shards(config, layout)
+    gradients = shards(config, layout, cut=strategy.cuts_gradients)
+    parts = shards(config, layout, cut=strategy.cuts_optimizer)
+    return Weights(
+        held=_local(held),
+        stacked=sum(shard.local for shard in held if shard.stacked),
+        stacked_tiled=sum(shard.tiled for shard in held if shard.stacked),
+        matrices=sum(shard.elements for shard in held if shard.stacked and shard.matrix),
+        largest=max(shard.largest for shard in held),
+        gradients=_local(gradients),
+        gradient_stacks=sum(shard.local for shard in gradients if shard.stacked),
+        gradient_stacks_tiled=sum(shard.tiled for shard in gradients if shard.stacked),
+        parts=_local(parts),
+        state=sum(_state(optimizer, shard) for shard in parts),
+    )
+
+
 # Training.
 
 
 def of_training(config: ModelConfig, workload: Workload, layout: Layout, hardware: Hardware) -> Moments:
     step = Step.make(config, workload, layout, hardware, workload.seq_len)
     stored, strategy = workload.parameter_bytes, layout.strategy
-    held = shards(config, layout)
-    gradients = shards(config, layout, cut=strategy.cuts_gradients)
-    parts = shards(config, layout, cut=strategy.cuts_optimizer)  # what the optimizer works on
-    state = stored * sum(_state(workload, shard) for shard in parts)
+    weights = _weights(config, workload.optimizer, strategy, layout.pp, layout.fsdp, layout.ep, layout.tp)
+    state = stored * weights.state
     saved = _saved_bytes(step)
 
     host = 0.0
@@ -96,14 +133,13 @@ def of_training(config: ModelConfig, workload: Workload, layout: Layout, hardwar
     summed = stacks = 0.0
     if layout.pp > 1:
         # A pipeline adds each layer's gradient to the sums as soon as it is there, in float32.
-        summed = 4 * _local(gradients)
+        summed = 4 * weights.gradients
     else:
-        stacks = stored * sum(
-            shard.tiled if step.compiler == "google" else shard.local for shard in gradients if shard.stacked
-        )
-        summed = stored * _local(gradients) if layout.microbatches > 1 else 0
+        tiled = step.compiler == "google"
+        stacks = stored * (weights.gradient_stacks_tiled if tiled else weights.gradient_stacks)
+        summed = stored * weights.gradients if layout.microbatches > 1 else 0
     throughout: Parts = {
-        "parameters": stored * _local(held),
+        "parameters": stored * weights.held,
         "optimizer": state,
         "batch": step.tokens * (8 * layout.microbatches + 4 * config.head_dim),  # tokens, targets; rope's angles
         "gradients": summed,
@@ -115,11 +151,11 @@ def of_training(config: ModelConfig, workload: Workload, layout: Layout, hardwar
     layers: Parts = {"gradients": summed + stacks, "saved activations": saved}  # until the backward pass has ended
     if step.compiler == "google" and step.compute < stored:
         # The casts of all layers' weights are taken out of the loops over layers.
-        layers["cast weights"] = step.compute * sum(shard.tiled for shard in held if shard.stacked)
+        layers["cast weights"] = step.compute * weights.stacked_tiled
     if layout.pp > 1 and (layout.schedule == "zb-v" or layout.chunks > 1):
         # Layers lie in order over the stages, but a stage of such a schedule runs pieces that are apart: they are sent
         # to where they run, and the gradients back.
-        layers["exchanged weights"] = stored * sum(shard.local for shard in held if shard.stacked)
+        layers["exchanged weights"] = stored * weights.stacked
 
     # The head's gradient waits for the update, in the precision that it was computed in.
     head = step.table * step.compute / (layout.fsdp * layout.ep if strategy.cuts_gradients else 1)
@@ -134,14 +170,13 @@ def of_training(config: ModelConfig, workload: Workload, layout: Layout, hardwar
     if "exchanged weights" in layers:
         found.append(("exchange", {**layers, "exchanged weights": EXCHANGED * layers["exchanged weights"]}))
     if strategy.cuts_optimizer and not strategy.cuts_parameters:
-        whole = max(shard.largest for shard in held)
-        update = {"gradients": summed or stored * _local(parts), "new parameters": stored * (_local(parts) + whole)}
+        update = {"gradients": summed or stored * weights.parts}
+        update["new parameters"] = stored * (weights.parts + weights.largest)
         found.append(("update", update))
     if workload.optimizer == "muon":
         # Every stack of matrices is orthogonalised as a whole, so that it is brought together on every device.
-        matrices = sum(shard.elements for shard in held if shard.stacked and shard.matrix) / (layout.pp * layout.tp)
-        update = {"gradients": stored * _local(held)}
-        update["orthogonalisation"] = stored * (MUON_COPIES * matrices + _local(held))
+        whole = MUON_COPIES * weights.matrices / (layout.pp * layout.tp)
+        update = {"gradients": stored * weights.held, "orthogonalisation": stored * (whole + weights.held)}
         found.append(("update", update))
     return Moments(throughout, found, host)
 
@@ -150,9 +185,9 @@ def _local(found: tuple[Shard, ...]) -> int:
     return sum(shard.local for shard in found)
 
 
-def _state(workload: Workload, shard: Shard) -> int:
+def _state(optimizer: Optimizer, shard: Shard) -> int:
     """Elements of optimizer state for parameters of one kind, on one device."""
-    match workload.optimizer:
+    match optimizer:
         case "adamw":
             return 2 * shard.local
         case "adafactor":
@@ -229,8 +264,8 @@ def _backward(step: Step, layer: Layer) -> Iterator[tuple[str, Parts]]:
     feed_forward = liveness.FEED_FORWARD[compiler]
     if layout.tp > 1:
         feed_forward = feed_forward._replace(embed=feed_forward.embed + liveness.REDUCED[compiler])
-    if block == sequence and not fused:
-        feed_forward = feed_forward._replace(scores=1)
+    if fused or block < sequence:
+        feed_forward = feed_forward._replace(scores=0)
 
     weights = 0.0
     if layout.pp > 1:
@@ -269,16 +304,16 @@ def of_inference(config: ModelConfig, workload: Workload, layout: Layout, hardwa
     compute = workload.compute_bytes
     slots = step.rows * -(-workload.seq_len // layout.cp)
     share = step.layers / config.layers
-    held = shards(config, layout)
+    weights = _weights(config, "sgd", layout.strategy, layout.pp, layout.fsdp, layout.ep, layout.tp)
     throughout: Parts = {
-        "parameters": workload.parameter_bytes * _local(held),
+        "parameters": workload.parameter_bytes * weights.held,
         "KV cache": share * slots * compute * sum(kind.repeats * kind.cached for kind in step.kinds),
     }
     head = 0
     if step.compiler == "cpu, bfloat16":
         # XLA for CPUs casts all weights before the loop over layers, and the head's three times over.
         head = 4 * step.table
-        throughout["cast weights"] = head + 4 * sum(shard.local for shard in held if shard.stacked)
+        throughout["cast weights"] = head + 4 * weights.stacked
     found: list[tuple[str, Parts]] = []
     for kind in step.kinds:
         cache = slots * compute * kind.cached  # of one layer, read out of the whole
@@ -294,7 +329,7 @@ def of_inference(config: ModelConfig, workload: Workload, layout: Layout, hardwa
         if kind.experts:
             spread = kind.experts if step.compiler == "nvidia" else 1
             inner = kind.copies * (kind.inner + spread * kind.inner // kind.matrices)
-        weights = (kind.weights - kind.outwards) * compute if step.gathers else 0
+        gathered = (kind.weights - kind.outwards) * compute if step.gathers else 0
         feed_forward = cache + step.tokens * compute * (stream + inner)
-        found.append(("prefill, feed-forward", {"working set": feed_forward, "gathered weights": weights}))
+        found.append(("prefill, feed-forward", {"working set": feed_forward, "gathered weights": gathered}))
     return Moments(throughout, found)

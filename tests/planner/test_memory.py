@@ -123,16 +123,22 @@ def test_a_schedule_holds_so_many_microbatches(schedule, microbatches: int, flig
     assert activations_in_flight(schedule, 4, microbatches) == flight
 
 
-@pytest.mark.parametrize("microbatches", [2, 4, 8, 16])
-@pytest.mark.parametrize("stages", [2, 4, 8])
-@pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb-h1", "zb-h2", "zb-v", "interleaved"])
+# The interleaved schedule runs microbatches in groups of as many as there are stages.
+SCHEDULES = [
+    (name, stages, microbatches)
+    for name in ("gpipe", "1f1b", "zb-h1", "zb-h2", "zb-v", "interleaved")
+    for stages in (2, 4, 8)
+    for microbatches in (2, 4, 8, 16)
+    if name != "interleaved" or microbatches % stages == 0
+]
+
+
+@pytest.mark.parametrize(("name", "stages", "microbatches"), SCHEDULES)
 def test_what_is_in_flight_is_what_the_executor_has_slots_for(name, stages: int, microbatches: int) -> None:
     schedule = named(name)
-    if name == "interleaved" and microbatches % stages:
-        pytest.skip("it runs microbatches in groups of as many as there are stages")
     grid = lay_out(schedule, stages, microbatches, saves=True)
     assert activations_in_flight(name, stages, microbatches, schedule.chunks) * schedule.chunks == grid.kept_slots
-    assert arrivals_in_flight(name, stages, microbatches) >= grid.slots - 1
+    assert arrivals_in_flight(name, stages, microbatches) >= grid.slots
 
 
 def test_interleaving_holds_a_little_more() -> None:

@@ -6,10 +6,10 @@ once is not in the program but in the order that a compiler chooses for it, and 
 buffer assignments of the step for models whose sizes are all different, where every buffer tells by its shape what it
 is. The counts are those of these compilers at any size; the sizes are the model's and the layout's.
 
-    cuda   XLA's scheduler hides the gathers of FSDP behind matmuls and so puts off the gradients of weights: what they
-           are made of stays. Gate and up projection are one matmul, as their gradients are. cuDNN keeps no scores.
-    tpu    gradients of weights are taken at once. Few arrays stay, but scores are kept, one block of queries at a time.
-    cpu    computes in float32 whatever the program says, and keeps transposed copies for its matmuls.
+    nvidia   what goes into the feed-forward layer and the gradients of it stand together, since the gradients of its
+             weights are put off until the gathers of FSDP can hide behind them. cuDNN keeps no scores.
+    google   gradients of weights are taken at once, so that little stays; but scores are kept, of one block of queries.
+    cpu      computes in float32 whatever the program says, and keeps transposed copies for its matmuls.
 
 Where a layer scores all its queries at once (short sequences), the scores stay until the end of its backward pass.
 """
@@ -48,8 +48,8 @@ class Live(NamedTuple):
 # Whose counts they are. XLA's compiler for CPUs meets bfloat16 with casts, which merge some arrays and split others.
 Compiler: TypeAlias = Literal["nvidia", "google", "cpu", "cpu, bfloat16"]
 
-# The moment at which the gradients of the feed-forward layer are taken, all before it having been computed again. Scores
-# are there if there is one block of them.
+# The moment at which the gradients of the feed-forward layer are taken, all before it having been computed again.
+# Scores are there if there is one block of them.
 FEED_FORWARD: Mapping[Compiler, Live] = {
     "nvidia": Live(embed=5, queries=2, keys=2, inner=2, scores=1, rows=3),
     "google": Live(embed=3, queries=2, keys=2, inner=1.5, scores=1, rows=3),

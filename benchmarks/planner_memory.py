@@ -194,6 +194,7 @@ CASES = (
     Case("70b tpu fsdp x tp", "llama-2-70b", "v5p:4x4x4", train(64), {"fsdp": 16, "tp": 4}),
     Case("mixtral tpu ep x fsdp", "mixtral-8x7b", "v5p:2x2x4", train(16), {"fsdp": 2, "ep": 8}),
     Case("qwen2.5 0.5b tpu dp", "qwen2.5-0.5b", "v5e:2x4", train(16, 2048), {"dp": 8, **DATA_PARALLEL}),
+    Case("qwen2.5 0.5b tpu fsdp", "qwen2.5-0.5b", "v5e:4x4", train(16, 2048), {"fsdp": 16}),
     Case("gemma 2 2b tpu fsdp", "gemma-2-2b", "v6e:2x4", train(8), {"fsdp": 8}),
     Case("7b tpu microbatches", "llama-2-7b", "v5p:2x2x2", train(32), {"fsdp": 8, "microbatches": 4}),
     Case("7b tpu serve tp", "llama-2-7b", "v5e:2x4", serve(32, 4096, 1024), {"tp": 8}),

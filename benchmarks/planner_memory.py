@@ -197,7 +197,7 @@ CASES = (
     Case("qwen2.5 0.5b tpu fsdp", "qwen2.5-0.5b", "v5e:4x4", train(16, 2048), {"fsdp": 16}),
     Case("gemma 2 2b tpu fsdp", "gemma-2-2b", "v6e:2x4", train(8), {"fsdp": 8}),
     Case("7b tpu microbatches", "llama-2-7b", "v5p:2x2x2", train(32), {"fsdp": 8, "microbatches": 4}),
-    Case("7b tpu serve tp", "llama-2-7b", "v5e:2x4", serve(32, 4096, 1024), {"tp": 8}),
+    Case("7b tpu serve tp", "llama-2-7b", "v5p:2x2x2", serve(32, 4096, 1024), {"tp": 8}),
     Case("llama 3.1 8b tpu serve fsdp", "llama-3.1-8b", "v6e:2x4", serve(64, 4096, 1024), {"fsdp": 8}),
 )  # fmt: skip
 

@@ -10,7 +10,7 @@ from tbjax.planner import liveness
 from tbjax.planner.device import Hardware
 from tbjax.planner.flight import activations_in_flight, arrivals_in_flight
 from tbjax.planner.liveness import Compiler, Layer, Live
-from tbjax.planner.parameters import Shard, shards
+from tbjax.planner.parameters import TILE, Shard, shards
 from tbjax.planner.workload import Layout, Optimizer, Remat, Workload
 from tbjax.sharding import ShardingStrategy
 
@@ -74,6 +74,12 @@ class Step(NamedTuple):
         """Whether weights lie in parts that are brought together where they are used."""
         return self.layout.strategy.cuts_parameters and self.layout.fsdp * self.layout.ep > 1
 
+    @property
+    def narrow(self) -> bool:
+        """Whether a device's part of a row is less than a TPU's tile is wide."""
+        width = self.config.embed // (self.layout.fsdp * self.layout.ep)
+        return self.compiler == "google" and self.gathers and width < TILE[1]
+
 
 class Weights(NamedTuple):
     """Elements on one device, of parameters and of what belongs to them."""
@@ -82,6 +88,7 @@ class Weights(NamedTuple):
     stacked: int  # of them, those in stacks of layers
     stacked_tiled: int  # as a TPU stores what it computes
     matrices: int  # of the whole model: matrices in stacks
+    tables_tiled: int  # embedding and head, as a TPU stores what it computes
     largest: int  # tensor
     gradients: int
     gradient_stacks: int
@@ -103,6 +110,7 @@ def _weights(
         stacked=sum(shard.local for shard in held if shard.stacked),
         stacked_tiled=sum(shard.tiled for shard in held if shard.stacked),
         matrices=sum(shard.elements for shard in held if shard.stacked and shard.matrix),
+        tables_tiled=sum(shard.tiled for shard in held if shard.matrix and not shard.stacked),
         largest=max(shard.largest for shard in held),
         gradients=_local(gradients),
         gradient_stacks=sum(shard.local for shard in gradients if shard.stacked),
@@ -152,6 +160,9 @@ def of_training(config: ModelConfig, workload: Workload, layout: Layout, hardwar
     if step.compiler == "google" and step.compute < stored:
         # The casts of all layers' weights are taken out of the loops over layers.
         layers["cast weights"] = step.compute * weights.stacked_tiled
+    if step.narrow:
+        # Tables so narrow are given with their rows innermost, and turned, as is what the optimizer has of them.
+        throughout["turned tables"] = stored * weights.tables_tiled * (1 + weights.state / weights.parts)
     if layout.pp > 1 and (layout.schedule == "zb-v" or layout.chunks > 1):
         # Layers lie in order over the stages, but a stage of such a schedule runs pieces that are apart: they are sent
         # to where they run, and the gradients back.
@@ -246,7 +257,8 @@ def _loss(step: Step) -> Parts:
     else:
         head = 4 + step.compute * (step.gathers or step.compute < step.workload.parameter_bytes)
         logits *= 4 + step.compute
-        if step.compiler == "nvidia" and step.gathers and step.table * step.compute > logits:
+        turned = step.narrow or (step.compiler == "nvidia" and step.gathers)
+        if turned and step.table * step.compute > logits:
             # As it is gathered, and as the matmul takes it; the first is gone once there are logits.
             head, logits = head + step.compute, 0
     states = 2 * step.tokens * step.config.embed * step.compute

@@ -39,8 +39,8 @@ from tbjax.pipeline.simulate import Times, simulate  # noqa: E402
 from tbjax.planner.verify import Verification, verify  # noqa: E402
 from tbjax.planner.workload import Layout, Workload  # noqa: E402
 from tbjax.sharding import Sharding  # noqa: E402
-from tbjax.train import Batch  # noqa: E402
-from tbjax.train.step import gradients_of  # noqa: E402
+from tbjax.training import Batch  # noqa: E402
+from tbjax.training.step import gradients_of  # noqa: E402
 
 GIB = 2**30
 LLAMA_2_70B = ModelConfig(

@@ -3,7 +3,7 @@
     python -m tbjax.planner.compile < case.json
 
 A case is a model, a workload, a layout and a cluster; the answer is one JSON object. The programs are the real ones:
-the training step of `tbjax.train`, or the two of `tbjax.generate`. Their arguments are abstract, and so are the
+the training step of `tbjax.training`, or the two of `tbjax.generate`. Their arguments are abstract, and so are the
 devices: TPU topologies of libtpu, GPUs that are described to XLA's CUDA plugin, or virtual CPU devices.
 """
 
@@ -31,7 +31,7 @@ from tbjax.planner.plain import plain, restore
 from tbjax.planner.verify import Program
 from tbjax.planner.workload import Layout, Workload
 from tbjax.sharding import Sharding
-from tbjax.train import abstract_batch, abstract_state, make_optimizer, make_step
+from tbjax.training import abstract_batch, abstract_state, make_optimizer, make_step
 
 # What the compiler's memory statistics call each kind of bytes.
 KINDS = ("argument", "output", "alias", "temp", "generated_code")

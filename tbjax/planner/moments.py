@@ -14,7 +14,7 @@ from tbjax.planner.parameters import TILE, Shard, shards
 from tbjax.planner.workload import Layout, Optimizer, Remat, Workload
 from tbjax.sharding import ShardingStrategy
 
-# Float32 logits that the loss computes at once on a device (`tbjax.train.loss.CHUNK_BYTES`).
+# Float32 logits that the loss computes at once on a device (`tbjax.training.loss.CHUNK_BYTES`).
 LOGITS_CHUNK = 128 * 2**20
 
 # Copies of a stage's weights while pieces are sent to other stages: what was there, what is on its way, what arrived.

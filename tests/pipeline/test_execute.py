@@ -17,8 +17,8 @@ from tbjax.pipeline.execute import pipelined_hidden
 from tbjax.pipeline.schedule import ZBH1, ZBH2, ZBV, ForwardOnly, GPipe, Interleaved1F1B, OneFOneB
 from tbjax.planner import hlo
 from tbjax.sharding import Sharding, leaves
-from tbjax.train import IGNORED, Batch, init_state, make_optimizer, make_step
-from tbjax.train.step import gradients_of
+from tbjax.training import IGNORED, Batch, init_state, make_optimizer, make_step
+from tbjax.training.step import gradients_of
 
 SEQUENCE = 16
 DENSE = ModelConfig(

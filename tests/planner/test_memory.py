@@ -20,7 +20,7 @@ from tbjax.planner.memory import Memory, memory
 from tbjax.planner.moments import LOGITS_CHUNK
 from tbjax.planner.workload import Layout, Workload
 from tbjax.sharding import ShardingStrategy
-from tbjax.train import loss
+from tbjax.training import loss
 
 H100 = cluster("h100:8").hardware
 LLAMA = model("llama-2-7b")

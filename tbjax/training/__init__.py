@@ -1,8 +1,8 @@
 """Training: the loss, the optimizers, and the step that joins them on any mesh."""
 
-from tbjax.train.loss import IGNORED, cross_entropy
-from tbjax.train.optimizer import make_optimizer
-from tbjax.train.step import Batch, Metrics, TrainState, abstract_batch, abstract_state, init_state, make_step
+from tbjax.training.loss import IGNORED, cross_entropy
+from tbjax.training.optimizer import make_optimizer
+from tbjax.training.step import Batch, Metrics, TrainState, abstract_batch, abstract_state, init_state, make_step
 
 __all__ = [
     "IGNORED",

@@ -11,9 +11,9 @@ import pytest
 from tbjax.mesh import make_mesh
 from tbjax.model import Decoder
 from tbjax.sharding import Sharding
-from tbjax.train import IGNORED, cross_entropy
-from tbjax.train import loss as loss_module
-from tbjax.train.loss import chunk_tokens
+from tbjax.training import IGNORED, cross_entropy
+from tbjax.training import loss as loss_module
+from tbjax.training.loss import chunk_tokens
 from tests import tiny
 
 ROWS, SEQUENCE = 8, 12

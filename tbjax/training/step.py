@@ -28,8 +28,8 @@ from tbjax.pipeline.schedule import OneFOneB, Schedule
 from tbjax.pipeline.training import StageRemat
 from tbjax.remat import Remat
 from tbjax.sharding import Sharding, leaves
-from tbjax.train.loss import cross_entropy
-from tbjax.train.optimizer import Parameters, as_dict, place_state, with_parameters
+from tbjax.training.loss import cross_entropy
+from tbjax.training.optimizer import Parameters, as_dict, place_state, with_parameters
 
 Precision: TypeAlias = Literal["mixed", "bfloat16", "float32"]
 

@@ -137,14 +137,20 @@ class Decoder(nnx.Module):
         return self.embedding.weight.dtype
 
     def __call__(
-        self, tokens: jax.Array, attention_mask: jax.Array | None = None, positions: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        attention_mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        *,
+        segments: jax.Array | None = None,
     ) -> jax.Array:
         """Logits [B, S, V] of the next token after each of `tokens` [B, S].
 
         `attention_mask` [B, S] marks real tokens with 1 (padding may stand left or right); `positions` default to
-        0, 1, 2..., as in transformers.
+        0, 1, 2..., as in transformers. `segments` [B, S] says which of the documents packed in a row a token belongs
+        to: 1, 2, ..., and 0 for padding. Attention stays inside a document, and positions restart with each.
         """
-        return self.forward(tokens, attention_mask, positions).logits
+        return self.forward(tokens, attention_mask, positions, segments=segments).logits
 
     def forward(
         self,
@@ -152,9 +158,11 @@ class Decoder(nnx.Module):
         attention_mask: jax.Array | None = None,
         positions: jax.Array | None = None,
         cache: KVCache | None = None,
+        *,
+        segments: jax.Array | None = None,
     ) -> Output:
         """As a call, with the cache that continues this one and the routers' auxiliary loss."""
-        hidden = self.hidden(tokens, attention_mask, positions, cache)
+        hidden = self.hidden(tokens, attention_mask, positions, cache, segments=segments)
         return Output(self.logits(hidden.states), hidden.cache, hidden.auxiliary_loss)
 
     def logits(self, states: jax.Array) -> jax.Array:
@@ -170,6 +178,7 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
         cache: KVCache | None = None,
         *,
+        segments: jax.Array | None = None,
         dtype: Any = None,
         remat: Remat | None = None,
     ) -> Hidden:
@@ -178,7 +187,7 @@ class Decoder(nnx.Module):
         `dtype` is that of the matmuls and activations (default: the parameters'). `remat` is for training: what the
         backward pass computes again rather than keeps, see `tbjax.remat`.
         """
-        around = self.surroundings(tokens, attention_mask, positions, cache)
+        around = self.surroundings(tokens, attention_mask, positions, cache, segments=segments)
         x = self.start(tokens, dtype)
         loads, layers = [], []
         for group, stack in enumerate(self.stacks):
@@ -203,23 +212,38 @@ class Decoder(nnx.Module):
         attention_mask: jax.Array | None = None,
         positions: jax.Array | None = None,
         cache: KVCache | None = None,
+        *,
+        segments: jax.Array | None = None,
     ) -> Surroundings:
         """What the layers have to know of `tokens`, having checked them."""
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers [batch, sequence], not {tokens.dtype}{list(tokens.shape)}.")
         valid = jnp.ones(tokens.shape, bool) if attention_mask is None else _truths(attention_mask)
-        for name, array in (("attention_mask", valid), ("positions", positions)):
+        for name, array in (("attention_mask", valid), ("positions", positions), ("segments", segments)):
             if array is not None and jnp.shape(array) != tokens.shape:
                 raise ValueError(f"{name} has shape {list(jnp.shape(array))}, tokens {list(tokens.shape)}.")
+        if segments is not None:
+            segments = jnp.asarray(segments)
+            if cache is not None:
+                raise ValueError(
+                    "segments are of documents packed in a row, which no cache continues: give one of both."
+                )
+            if not jnp.issubdtype(segments.dtype, jnp.integer):
+                raise ValueError(f"segments must be integers (0 for padding), not {segments.dtype}.")
+            valid &= segments != 0
         slots = jnp.arange(tokens.shape[1])
         known = valid
         if cache is not None:
             slots = slots + cache.length
             known = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, cache.length, axis=1)
         whole = attention_mask is None and cache is None
-        keys = Keys(slots, None if whole else known, jnp.maximum(jnp.cumsum(known, axis=1) - 1, 0) * known)
-        positions = jnp.broadcast_to(slots, tokens.shape) if positions is None else jnp.asarray(positions)
+        # Of documents, padding is one more: it needs no mask of its own.
+        counted = jnp.maximum(jnp.cumsum(known, axis=1) - 1, 0) * known if segments is None else within(segments)
+        keys = Keys(slots, None if whole else known, counted, segments)
+        if positions is None:
+            positions = jnp.broadcast_to(slots, tokens.shape) if segments is None else counted
+        positions = jnp.asarray(positions)
         config = self.config
         turn = lambda table: None if table is None else rope.angles(table, config.head_dim, positions)  # noqa: E731
         angles = turn(config.rope)
@@ -277,6 +301,13 @@ class Decoder(nnx.Module):
         """A stack of keys or values [R, B, T, K, N], in that order in memory: attention would like others best, and the
         compiler would turn the whole stack to please it."""
         return self.sharding.in_order(cache, None, "batch", None, "kv_heads", None)
+
+
+def within(segments: jax.Array) -> jax.Array:
+    """The place of each token [B, S] in its document: a run of equal segments."""
+    slots = jnp.arange(segments.shape[1])
+    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return slots - jax.lax.cummax(jnp.where(starts, slots, 0), axis=1)
 
 
 def _truths(mask: Any) -> jax.Array:

@@ -47,7 +47,8 @@ class Keys(NamedTuple):
     valid: (
         jax.Array | None
     )  # [B, T] bool: a real token stands there; None: everywhere, and queries and keys are the same
-    positions: jax.Array  # [B, T] position of each key among its row's real tokens
+    positions: jax.Array  # [B, T] position of each key among its row's (or its document's) real tokens
+    segments: jax.Array | None = None  # [B, T] the document of each key, which only its own queries see; None: one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,8 @@ def _cudnn_refuses(query: jax.Array, keys: Keys, scoring: Scoring, sharding: Sha
         return "it knows neither a cap of scores nor ALiBi"
     if keys.valid is not None:
         return "it is used where queries and keys are the same tokens, without padding"
+    if keys.segments is not None:
+        return "it knows no documents packed in a row (segments), but by a mask of all queries times all keys"
     return ""
 
 
@@ -199,6 +202,8 @@ def _visible(scoring: Scoring, keys: Keys, count: int) -> jax.Array:
     if scoring.window is not None:
         visible &= distance < scoring.window
     visible = visible[None] if keys.valid is None else visible & keys.valid[:, None]
+    if keys.segments is not None:
+        visible &= keys.segments[:, keys.query_slots, None] == keys.segments[:, None]
     return visible[:, None, None]
 
 

@@ -23,13 +23,19 @@ from tbjax.sharding import leaves
 
 
 class Tokens(Protocol):
-    """What a batch has at least: integers [B, S], and where real tokens stand (None: everywhere)."""
+    """What a batch has at least: integers [B, S], each but the tokens or None, as `Decoder.hidden` takes them."""
 
     @property
     def tokens(self) -> Any: ...
 
     @property
     def mask(self) -> Any: ...
+
+    @property
+    def positions(self) -> Any: ...
+
+    @property
+    def segments(self) -> Any: ...
 
 
 class Payload(NamedTuple):
@@ -90,7 +96,7 @@ class Stage:
         return payload._replace(x=self.model.sharding.residual(payload.x))
 
     def around(self, part: Tokens) -> Surroundings:
-        return self.model.surroundings(part.tokens, part.mask)
+        return self.model.surroundings(part.tokens, part.mask, part.positions, segments=part.segments)
 
     def arrive(self, cell: Cell, part: Tokens, payload: Payload) -> Payload:
         """What the piece that the cell names begins with: tokens for the first, otherwise what has arrived."""

@@ -55,6 +55,10 @@ class Batch(NamedTuple):
     tokens: Any  # [B, S]
     targets: Any  # [B, S] the token that follows each; negative (IGNORED) where there is nothing to learn
     mask: Any = None  # [B, S] 1 where a real token stands; None: everywhere
+    positions: Any = (
+        None  # [B, S] of each token; None: counted, from the start of its document where there are segments
+    )
+    segments: Any = None  # [B, S] which of the documents packed in a row (1, 2, ...) a token belongs to; 0: padding
 
 
 class Metrics(NamedTuple):
@@ -91,11 +95,13 @@ def init_state(model: Decoder, optimizer: optax.GradientTransformation) -> Train
     return TrainState(model, state, step)
 
 
-def abstract_batch(rows: int, sequence: int, sharding: Sharding, *, mask: bool = False) -> Batch:
+def abstract_batch(
+    rows: int, sequence: int, sharding: Sharding, *, mask: bool = False, segments: bool = False
+) -> Batch:
     """The shape and place of a batch of `rows` sequences of `sequence` tokens."""
     spec = sharding.activation(("batch", "sequence"), (rows, sequence))
     array = jax.ShapeDtypeStruct((rows, sequence), jnp.int32, sharding=NamedSharding(sharding.mesh, spec))
-    return Batch(array, array, array if mask else None)
+    return Batch(array, array, array if mask else None, None, array if segments else None)
 
 
 def make_step(
@@ -192,7 +198,7 @@ def loss_of(
     model: Decoder, batch: Batch, targets: jax.Array, *, dtype: Any, remat: Remat | None, auxiliary: bool = True
 ) -> jax.Array:
     """The part of the loss that `batch` has in a whole of so many `targets`."""
-    hidden = model.hidden(batch.tokens, batch.mask, dtype=dtype, remat=remat)
+    hidden = model.hidden(batch.tokens, batch.mask, batch.positions, segments=batch.segments, dtype=dtype, remat=remat)
     return loss_of_hidden(model, hidden, batch, targets, auxiliary=auxiliary)
 
 

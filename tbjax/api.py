@@ -5,13 +5,14 @@ an abstract model on the mesh, and `interop.load` fills each shard from the byte
 a `Decoder` that also knows where it came from: its tokenizer, its Hugging Face config, and so how to be written back.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
 import jax.core
@@ -29,15 +30,13 @@ from tbjax.model import Decoder
 from tbjax.planner.plan import Plan
 from tbjax.planning import plan as plan  # part of the face
 from tbjax.planning import settings_of
+from tbjax.prompts import Prompt, asked
 from tbjax.sharding import Sharding, ShardingStrategy
 
 log = logging.getLogger("tbjax")
 
 # What `generate` writes at most where neither the call nor the model's generation config says.
 DEFAULT_NEW_TOKENS = 128
-
-Message = Mapping[str, str]
-Prompt = str | Sequence[Message] | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,28 +86,32 @@ class CausalLM(Decoder):
         """The `transformers` tokenizer, made on first use; None where the checkpoint has none."""
         return self.origin.tokenizer.value if self.origin and self.origin.tokenizer else None
 
-    def __call__(self, tokens: Any, attention_mask: Any = None, positions: Any = None) -> jax.Array:
+    def __call__(
+        self, tokens: Any, attention_mask: Any = None, positions: Any = None, segments: Any = None
+    ) -> jax.Array:
         """Logits [B, S, V] of the next token after each of `tokens` [B, S], compiled."""
-        if not isinstance(tokens, jax.core.Tracer):
-            tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
-            if not isinstance(tokens, jax.Array) or tokens.is_fully_addressable:
-                generate.check_tokens(np.asarray(tokens), self.config.vocab_size)
-        return _forward(self, tokens, attention_mask, positions)
+        if isinstance(tokens, jax.core.Tracer):
+            return _forward(self, tokens, attention_mask, positions, segments)
+        tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
+        if not isinstance(tokens, jax.Array) or tokens.is_fully_addressable:
+            generate.check_tokens(np.asarray(tokens), self.config.vocab_size)
+        with self._own_mesh():
+            return _forward(self, tokens, attention_mask, positions, segments)
 
     def generate(self, prompt: Prompt, *, max_new_tokens: int | None = None) -> Any:
         """What follows the prompt, greedily, up to an end token or `max_new_tokens`.
 
-        A text gives a text, a chat (`[{"role": "user", "content": ...}]`) the assistant's answer, a list of texts a
-        list of texts, a row of token ids a list of ids, rows of ids a list of those. The prompt is not repeated.
+        A text gives a text, a chat (`[{"role": "user", "content": ...}]`) the assistant's answer, a row of token ids
+        a list of ids; a list of one of these gives a list. The prompt is not repeated.
         """
-        rows, unwrap = self._rows(prompt)
+        rows, answer = asked(prompt, self._require_tokenizer, self.config.vocab_size)
         settings = self._generation_settings()
         limit = settings.get("max_new_tokens") or DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
         if max_new_tokens is None:
             limit = max(0, min(limit, self.config.max_positions - max(map(len, rows), default=0)))
-        eos = settings.get("eos_token_id")
-        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        return unwrap(generate.generate(self, rows, max_new_tokens=limit, eos_tokens=eos))
+        eos = _end_tokens(settings.get("eos_token_id"))
+        with self._own_mesh():
+            return answer(generate.generate(self, rows, max_new_tokens=limit, eos_tokens=eos))
 
     def save_pretrained(self, path: str | Path, **options: Any) -> None:
         """Write a Hugging Face checkpoint: safetensors, config.json, generation config, tokenizer.
@@ -129,34 +132,10 @@ class CausalLM(Decoder):
             **options,
         )
 
-    def _rows(self, prompt: Prompt) -> tuple[list[list[int]], Any]:
-        """Token ids per row, and what turns rows of new ids into an answer of the prompt's kind."""
-        if isinstance(prompt, str):
-            return [self._require_tokenizer()(prompt)["input_ids"]], lambda out: self._text(out[0])
-        if isinstance(prompt, np.ndarray | jax.Array):
-            ids = np.asarray(prompt)
-            if ids.ndim not in (1, 2):
-                raise ValueError(f"a prompt of token ids is [sequence] or [batch, sequence], not {list(ids.shape)}.")
-            generate.check_tokens(ids, self.config.vocab_size)
-            return (ids.tolist(), lambda out: out) if ids.ndim == 2 else ([ids.tolist()], lambda out: out[0])
-        if not isinstance(prompt, Sequence) or not prompt:
-            raise ValueError(f"prompt={prompt!r}: a text, a chat, a list of texts, or token ids are needed.")
-        if all(isinstance(message, Mapping) for message in prompt):
-            ids = self._require_tokenizer().apply_chat_template(
-                list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
-            return [ids], lambda out: self._text(out[0])
-        if all(isinstance(text, str) for text in prompt):
-            tokenizer = self._require_tokenizer()
-            return [tokenizer(text)["input_ids"] for text in prompt], lambda out: [self._text(row) for row in out]
-        if all(isinstance(token, int | np.integer) for token in prompt):
-            return [list(cast(Sequence[int], prompt))], lambda out: out[0]
-        if all(isinstance(row, Sequence | np.ndarray) and not isinstance(row, str) for row in prompt):
-            return [list(row) for row in cast(Sequence[Sequence[int]], prompt)], lambda out: out
-        raise ValueError("prompt mixes texts, messages and token ids: give one kind.")
-
-    def _text(self, ids: list[int]) -> str:
-        return self._require_tokenizer().decode(ids, skip_special_tokens=True)
+    def _own_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it the model's mesh is the one that counts, where a user has set another with `jax.set_mesh`."""
+        around = jax.sharding.get_abstract_mesh()
+        return contextlib.nullcontext() if around.empty else jax.set_mesh(self.mesh)
 
     def _require_tokenizer(self) -> Any:
         tokenizer = self.tokenizer
@@ -179,8 +158,8 @@ class CausalLM(Decoder):
 
 
 @jax.jit
-def _forward(model: Decoder, tokens: jax.Array, attention_mask: Any, positions: Any) -> jax.Array:
-    return model.forward(tokens, attention_mask, positions).logits
+def _forward(model: Decoder, tokens: jax.Array, attention_mask: Any, positions: Any, segments: Any) -> jax.Array:
+    return model.forward(tokens, attention_mask, positions, segments=segments).logits
 
 
 def load(
@@ -270,8 +249,8 @@ def abstract(
     plan = mesh if isinstance(mesh, Plan) else None
     if plan:
         sharding, sequence_parallel = settings_of(plan, config, sharding, sequence_parallel)
-    strategy = ShardingStrategy.FULL_SHARD if sharding is None else ShardingStrategy(sharding)
-    layout = Sharding(make_mesh(mesh), strategy, bool(sequence_parallel))
+    strategy = ShardingStrategy.FULL_SHARD if sharding is None else sharding
+    layout = Sharding(make_mesh(mesh), ShardingStrategy(strategy), bool(sequence_parallel))
     make = functools.partial(CausalLM, config, layout, dtype=dtype, origin=origin, plan=plan, scan=scan)
     model = layout.place(jax.eval_shape(lambda key: make(key=key), jax.random.key(0)))
     for path, axes in layout.uncut(model).items():
@@ -304,6 +283,14 @@ def _hugging_face_config(config: Any) -> dict[str, Any]:
     raise TypeError(
         f"config is a {type(config).__name__}: a ModelConfig, a dict, a path or a transformers config is needed."
     )
+
+
+def _end_tokens(value: Any) -> list[int]:
+    """The end tokens that a generation config names: none, one or several."""
+    tokens = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
+        raise ValueError(f"generation_config.json: eos_token_id={value!r} must be a token id or a list of them.")
+    return tokens
 
 
 def _present(values: Mapping[str, Any], *names: str) -> dict[str, Any]:

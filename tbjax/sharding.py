@@ -72,6 +72,10 @@ class ShardingStrategy(enum.StrEnum):
     FULL_SHARD = "FULL_SHARD"  # parameters too: ZeRO-3
     HYBRID_SHARD = "HYBRID_SHARD"  # FULL_SHARD over fsdp, replicated over dp
 
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        raise ValueError(f"sharding={value!r} is not a strategy: tbjax knows {', '.join(cls)}.")
+
     @property
     def cuts_parameters(self) -> bool:
         return self in (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD)
@@ -116,11 +120,7 @@ class Sharding:
     sequence_parallel: bool = False  # Megatron's: norms and residuals are cut over tp along the sequence
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "strategy", ShardingStrategy(self.strategy))
-        except ValueError:
-            names = ", ".join(ShardingStrategy)
-            raise ValueError(f"sharding={self.strategy!r} is not a strategy: tbjax knows {names}.") from None
+        object.__setattr__(self, "strategy", ShardingStrategy(self.strategy))
 
     def size(self, *axes: str) -> int:
         """The product of the sizes of `axes` (an axis that the mesh lacks has size one)."""

@@ -195,6 +195,27 @@ def test_a_mesh_that_the_model_does_not_fit_names_one_that_it_does(folder):
         tbjax.load(folder, mesh=(1, 2, 2))
 
 
+def test_another_mesh_that_a_user_has_set_does_not_disturb(folder):
+    tokens, _ = tiny.batch(CASE)
+    model = tbjax.load(folder, mesh=(2, 2, 2), progress=False)
+    expected = np.asarray(model(tokens)), model.generate(tokens[:1, :5], max_new_tokens=3)
+    with jax.set_mesh(jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))):
+        np.testing.assert_array_equal(np.asarray(model(tokens)), expected[0])
+        assert model.generate(tokens[:1, :5], max_new_tokens=3) == expected[1]
+
+
+def test_an_end_token_that_is_none_is_named():
+    model = tbjax.from_config(tiny.hf_config(CASE), (8, 1, 1))
+    model.origin = dataclasses.replace(model.origin, generation_config={"eos_token_id": "</s>"})
+    with pytest.raises(ValueError, match="eos_token_id='</s>' must be a token id"):
+        model.generate([1, 2, 3])
+
+
+def test_a_strategy_that_is_none_is_named():
+    with pytest.raises(ValueError, match="sharding='ZERO' is not a strategy: tbjax knows NO_SHARD, "):
+        tbjax.from_config(tiny.our_config(CASE), (8, 1, 1), sharding="ZERO")
+
+
 def test_importing_is_light():
     program = (
         "import sys, tbjax; assert 'jax' not in sys.modules; tbjax.load, tbjax.from_config;"

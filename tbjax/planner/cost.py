@@ -128,7 +128,9 @@ def _step(priced: Prices, layout: Layout) -> tuple[dict[str, float]]:
     bubble = 0.0
     if pp > 1:
         share = bubble_share(layout, work.forwards, work.inputs, work.weights)
-        hop = priced.group(layout.devices // pp, pp).send(priced.stream(rows, sequence, cp) / (tp if parallel else 1))
+        hop = priced.group((tp, layout.cp, ep, fsdp, layout.dp), pp).send(
+            priced.stream(rows, sequence, cp) / (tp if parallel else 1)
+        )
         bubble = (pp - 1) * (share * (stage + accumulated) + 2 * layout.chunks * hop)
     # The gradients of the last microbatch are summed while those of earlier layers are computed.
     summed, _ = _exposed(priced.gradients(pp, dp, fsdp, ep, cp, tp, cuts), stack.overlap * layers * work.backwards)
@@ -187,7 +189,11 @@ def _pass(priced: Prices, layout: Layout, sequence: int, cached: float) -> dict[
     context, _ = _exposed(talk.context, priced.stack.overlap * work.seconds)
     # One microbatch after another goes through the stages; with fewer of them than stages, some stages wait.
     stage = layers * (work.seconds + talk.tensor + talk.expert + context + fetched)
-    hop = priced.group(layout.devices // pp, pp).send(priced.stream(rows, sequence, cp)) if pp > 1 else 0.0
+    hop = (
+        priced.group((tp, layout.cp, ep, fsdp, layout.dp), pp).send(priced.stream(rows, sequence, cp))
+        if pp > 1
+        else 0.0
+    )
     return {
         "matmul": m * (layers * work.matmul + ends.matmul),
         "attention": m * layers * work.attention,

@@ -7,6 +7,7 @@ dimensions where it can be, and parts of dimensions where it cannot: the same ru
 there, along a ring through all their chips.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,19 +60,26 @@ def fold(sizes: Sizes, cluster: Cluster) -> dict[str, dict[str, int]]:
     """How much each mesh axis takes of each of the `dimensions`."""
     over_slices = _over_slices(sizes, cluster.slices)
     free = {name: size for name, size in dimensions(cluster).items() if name != "slice"}
-    topology = tuple(free.values())
-    taken = (1,) * len(topology)
-    result = {}
-    # The innermost axis talks most, and chooses first.
-    for axis in reversed(AXES):
-        left = [size // used for size, used in zip(topology, taken, strict=True)]
-        shares = max(
-            _factorings(sizes[axis] // over_slices[axis], left),
-            key=lambda shares, taken=taken: _preference(shares, topology, taken),
-        )
-        taken = tuple(used * share for used, share in zip(taken, shares, strict=True))
-        result[axis] = {"slice": over_slices[axis], **dict(zip(free, shares, strict=True))}
-    return {axis: result[axis] for axis in AXES}
+    taken = shares(tuple(free.values()), tuple(sizes[axis] // over_slices[axis] for axis in reversed(AXES)))
+    return {
+        axis: {"slice": over_slices[axis], **dict(zip(free, parts, strict=True))}
+        for axis, parts in zip(AXES, reversed(taken), strict=True)
+    }
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def shares(dimensions: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """How much each of some axes, innermost first, takes of each dimension of a slice.
+
+    The innermost axis talks most, and chooses first: what it takes does not depend on those that follow.
+    """
+    if not sizes:
+        return ()
+    inner = shares(dimensions, sizes[:-1])
+    taken = tuple(math.prod(parts) for parts in zip(*inner, strict=True)) or (1,) * len(dimensions)
+    left = [size // used for size, used in zip(dimensions, taken, strict=True)]
+    own = max(_factorings(sizes[-1], left), key=lambda parts: _preference(parts, dimensions, taken))
+    return (*inner, own)
 
 
 def chip_coordinates(chip: Mapping[str, int], folded: Mapping[str, Mapping[str, int]]) -> dict[str, int]:

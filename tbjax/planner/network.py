@@ -3,7 +3,8 @@
 A mesh is laid over the devices in order, its innermost axis over neighbours. An axis so has a stride (the product of
 the axes within it) and a size, and its `Group` of devices lies inside one fast domain (`near`: an NVLink domain, a TPU
 slice), in domains of its own across the network (`far`), or both: `near` devices in each of `far` domains. What spans
-both is done in steps, and over the network goes only the share that each device has after the near step.
+both is done in steps, and over the network goes only the share that each device has after the near step. Which
+dimensions of a torus an axis fills is `floor`'s to say, as for the pictures.
 
     ring          (n - 1) steps of 1/n of the data            all-gather, reduce-scatter; twice for an all-reduce
     tree          2 log2(n) steps, pipelined                  all-reduce, where latency counts
@@ -17,9 +18,12 @@ launch, protocol, waiting for the last device).
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
+from tbjax.planner import floor
 from tbjax.planner.hardware import Cluster
+
+Sizes: TypeAlias = tuple[int, ...]
 
 
 class Link(NamedTuple):
@@ -114,16 +118,17 @@ class Fabric:
     start: float = 0.0  # seconds that every collective takes besides its steps
 
 
-def group(cluster: Cluster, stride: int, size: int, fabric: Fabric) -> Group:
-    """The devices of a mesh axis of `size` whose neighbours lie `stride` devices apart."""
+def group(cluster: Cluster, within: Sizes, sizes: Sizes, fabric: Fabric) -> Group:
+    """The devices of neighbouring mesh axes of `sizes`, innermost first, with axes of sizes `within` further in."""
     hardware, domain = cluster.hardware, cluster.fast_domain
-    near = math.gcd(size, max(domain // stride, 1)) if stride < domain else 1
+    stride, size = math.prod(within), math.prod(sizes)
+    near = _near(domain, stride, size)
     far_link = Link(hardware.network_bandwidth * fabric.network, hardware.network_latency)
     if not hardware.torus:
         near_link = Link(hardware.link_bandwidth * fabric.link, hardware.link_latency)
         turn = (near - 1) / near
         return Group(near, size // near, near_link, far_link, near_steps=near - 1, turn=turn, start=fabric.start)
-    extents = _extents(cluster, stride, near)
+    extents = _extents(cluster, within, sizes)
     links = sum(2 if ring else 1 for _, ring in extents) or 1
     # Once around a closed ring in both directions is half its length; a line is as long as it is.
     steps = sum(extent / 2 if ring else extent - 1 for extent, ring in extents)
@@ -141,15 +146,23 @@ def group(cluster: Cluster, stride: int, size: int, fabric: Fabric) -> Group:
     )
 
 
-def _extents(cluster: Cluster, stride: int, size: int) -> list[tuple[int, bool]]:
-    """How far an axis reaches along each dimension of the torus, and whether it goes all the way round a ring."""
-    found, inner = [], 1
-    cores = cluster.hardware.devices_per_chip
-    dimensions = [(cores, False)] if cores > 1 else []
-    dimensions += zip(cluster.topology or (), cluster.wraps, strict=True)
-    for length, wraps in dimensions:
-        low, high = max(stride, inner), min(stride * size, inner * length)
-        if high > low:
-            found.append((high // low, wraps and high // low == length))
-        inner *= length
-    return found
+def _near(domain: int, stride: int, size: int) -> int:
+    """How many of `size` devices, `stride` apart, share a fast domain."""
+    return math.gcd(size, max(domain // stride, 1)) if stride < domain else 1
+
+
+def _extents(cluster: Cluster, within: Sizes, sizes: Sizes) -> list[tuple[int, bool]]:
+    """How far axes reach along each dimension of the torus, and whether they go all the way round a ring."""
+    inside, stride = [], 1
+    for size in (*within, *sizes):
+        inside.append(_near(cluster.fast_domain, stride, size))
+        stride *= size
+    lengths = {name: length for name, length in floor.dimensions(cluster).items() if name != "slice"}
+    wraps = (*cluster.wraps, False)  # the devices of a chip are no ring
+    taken = floor.shares(tuple(lengths.values()), tuple(inside))[len(within) :]
+    reach = [math.prod(parts) for parts in zip(*taken, strict=True)]
+    return [
+        (extent, wraps and extent == length)
+        for extent, length, wraps in zip(reach, lengths.values(), wraps, strict=True)
+        if extent > 1
+    ]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tbjax.config import ModelConfig
 from tbjax.planner.hardware import Cluster
-from tbjax.planner.network import Fabric, Group, group
+from tbjax.planner.network import Fabric, Group, Sizes, group
 from tbjax.planner.parameters import Shard, shards
 from tbjax.planner.stack import Stack, sustained
 from tbjax.planner.work import ENDS_KERNELS, Cut, Matmul, Work, forward, head, layer
@@ -207,8 +207,8 @@ class Prices:
 
     # Collectives.
 
-    def _group(self, stride: int, size: int) -> Group:
-        return group(self.cluster, stride, size, self.fabric)
+    def _group(self, within: Sizes, *sizes: int) -> Group:
+        return group(self.cluster, within, sizes, self.fabric)
 
     def stream(self, rows: int, sequence: int, cp: int) -> float:
         """Bytes of the residual stream on one device."""
@@ -221,7 +221,7 @@ class Prices:
         config = self.config
         stream = self.stream(rows, sequence, cp)
         trained = remat is not None
-        over_tp, over_cp, over_ep = self.group(1, tp), self.group(tp, cp), self.group(tp * cp, ep)
+        over_tp, over_cp, over_ep = self.group((), tp), self.group((tp,), cp), self.group((tp, cp), ep)
         # Two blocks, each a collective before (sequence parallel: a gather) and one after (a scatter; without, a
         # reduction that is both at once) forwards and backwards. Recomputation runs them again as far as it goes.
         gathers = 2.0 + (4.0 if trained else 0.0)  # sequence parallel: the cut inputs are gathered again backwards
@@ -246,7 +246,7 @@ class Prices:
 
     def _ends_talk(self, rows: int, sequence: int, tp: int, cp: int) -> float:
         """The vocabulary is cut over tp: a reduction of what was looked up, and one of the head's gradient."""
-        reduction = self.group(1, tp).all_reduce(self.stream(rows, sequence, cp))
+        reduction = self.group((), tp).all_reduce(self.stream(rows, sequence, cp))
         return reduction * (2 if self.workload.training else 1)
 
     def _gather(self, fsdp: int, ep: int, cp: int, tp: int) -> Gather:
@@ -265,12 +265,12 @@ class Prices:
                 else:
                     dense += size
         # Over fsdp and ep lies everything but the experts, which ep has cut already.
-        over_both, over_fsdp = self.group(tp * cp, ep * fsdp), self.group(tp * cp * ep, fsdp)
+        over_both, over_fsdp = self.group((tp, cp), ep, fsdp), self.group((tp, cp, ep), fsdp)
         return over_both.all_gather(dense), over_fsdp.all_gather(experts) if experts else 0.0
 
     def _stationary(self, rows: int, fsdp: int, ep: int, cp: int, tp: int) -> float:
         """One layer's weights stay cut over fsdp and ep: its tokens are gathered to them, and the results summed."""
-        over, config = self.group(tp * cp, ep * fsdp), self.config
+        over, config = self.group((tp, cp), ep, fsdp), self.config
         if over.size == 1:
             return 0.0
         element = rows * over.size * self.size  # one feature of all the tokens
@@ -292,12 +292,12 @@ class Prices:
             else:
                 dense += shard.local * self.size
         # A device's replicas: over cp always, over dp, and over fsdp and ep unless they cut the tensor.
-        over_cp, inner = self.group(tp, cp), tp * cp * ep
+        over_cp, inner = self.group((tp,), cp), (tp, cp, ep)
         if cut:
-            return over_cp.all_reduce(dense) + self.group(inner * fsdp, dp).all_reduce(dense)
-        total = self.group(tp, cp * ep * fsdp * dp).all_reduce(dense)
+            return over_cp.all_reduce(dense) + self.group((*inner, fsdp), dp).all_reduce(dense)
+        total = self.group((tp,), cp, ep, fsdp, dp).all_reduce(dense)
         if experts:
-            total += over_cp.all_reduce(experts) + self.group(inner, fsdp * dp).all_reduce(experts)
+            total += over_cp.all_reduce(experts) + self.group(inner, fsdp, dp).all_reduce(experts)
         return total
 
     def _accumulate(self, pp: int, fsdp: int, ep: int, tp: int, cut: bool) -> float:

@@ -6,8 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tbjax.mesh import AXES
+from tbjax.planner import floor
 from tbjax.planner.hardware import Cluster, cluster
 from tbjax.planner.network import Fabric, Group, Link, group, ring, tree
+from tbjax.planner.workload import Layout
 
 IDEAL = Fabric()
 NEAR, FAR = Link(100e9, 1e-6), Link(10e9, 10e-6)
@@ -15,7 +18,7 @@ MB = 1e6
 
 
 def exact(spec: str, stride: int, size: int) -> Group:
-    return group(cluster(spec), stride, size, IDEAL)
+    return group(cluster(spec), (stride,), (size,), IDEAL)
 
 
 def test_ring_passes_n_minus_one_shares():
@@ -82,7 +85,7 @@ def test_an_axis_lies_where_its_stride_and_size_put_it(spec, stride, size, near,
 
 def test_links_are_the_catalogues_less_what_programs_do_not_reach():
     machine = cluster("h100:4x8")
-    found = group(machine, 1, 16, Fabric(link=0.5, network=0.25, start=3.0))
+    found = group(machine, (), (16,), Fabric(link=0.5, network=0.25, start=3.0))
     assert found.near_link.bandwidth == machine.hardware.link_bandwidth / 2
     assert found.far_link.bandwidth == machine.hardware.network_bandwidth / 4
     assert found.start == 3.0
@@ -142,5 +145,30 @@ def test_a_faster_network_helps_only_what_crosses_it():
     faster = Cluster(
         hardware=dataclasses.replace(machine.hardware, network_bandwidth=1e12), hosts=4, devices_per_host=8
     )
-    assert group(faster, 1, 8, IDEAL).all_reduce(1e9) == group(machine, 1, 8, IDEAL).all_reduce(1e9)
-    assert group(faster, 8, 4, IDEAL).all_reduce(1e9) < group(machine, 8, 4, IDEAL).all_reduce(1e9)
+    assert group(faster, (), (8,), IDEAL).all_reduce(1e9) == group(machine, (), (8,), IDEAL).all_reduce(1e9)
+    assert group(faster, (8,), (4,), IDEAL).all_reduce(1e9) < group(machine, (8,), (4,), IDEAL).all_reduce(1e9)
+
+
+@pytest.mark.parametrize(
+    ("spec", "layout"),
+    [
+        ("v5p:8x8x16", Layout(dp=2, fsdp=16, ep=8, tp=4)),
+        ("v5p:4x4x8", Layout(pp=2, fsdp=32, tp=2)),
+        ("v5p:2*4x4x4", Layout(fsdp=32, tp=4)),
+        ("v5e:4x8", Layout(dp=4, tp=8)),
+        ("tpu7x:2x2x2", Layout(fsdp=8, tp=2)),
+    ],
+)
+def test_an_axis_has_the_links_of_the_dimensions_that_pictures_show_it_in(spec, layout):
+    where = cluster(spec)
+    folded, wraps = floor.fold(layout.mesh, where), dict(zip("xyz", where.wraps, strict=False))
+    within: tuple[int, ...] = ()
+    for axis in reversed(AXES):
+        taken = {name: share for name, share in folded[axis].items() if name != "slice" and share > 1}
+        links = sum(
+            2 if wraps.get(name) and share == floor.dimensions(where)[name] else 1 for name, share in taken.items()
+        )
+        found = group(where, within, (layout.mesh[axis],), IDEAL)
+        assert found.near_link.bandwidth == max(links, 1) * where.hardware.link_bandwidth, axis
+        assert found.far == folded[axis]["slice"], axis
+        within = (*within, layout.mesh[axis])

@@ -87,7 +87,7 @@ class CausalLM(Decoder):
         return self.origin.tokenizer.value if self.origin and self.origin.tokenizer else None
 
     def __call__(
-        self, tokens: Any, attention_mask: Any = None, positions: Any = None, segments: Any = None
+        self, tokens: Any, attention_mask: Any = None, positions: Any = None, *, segments: Any = None
     ) -> jax.Array:
         """Logits [B, S, V] of the next token after each of `tokens` [B, S], compiled."""
         if isinstance(tokens, jax.core.Tracer):

@@ -86,6 +86,12 @@ class CausalLM(Decoder):
         """The `transformers` tokenizer, made on first use; None where the checkpoint has none."""
         return self.origin.tokenizer.value if self.origin and self.origin.tokenizer else None
 
+    @property
+    def companions(self) -> dict[str, str]:
+        """The files that Hugging Face keeps beside the weights, for a checkpoint that is not Hugging Face's."""
+        origin = self.origin
+        return companions.pack(origin.config, origin.generation_config, origin.tokenizer) if origin else {}
+
     def __call__(
         self, tokens: Any, attention_mask: Any = None, positions: Any = None, *, segments: Any = None
     ) -> jax.Array:
@@ -263,9 +269,7 @@ def save(model: CausalLM, path: str | Path, format: Literal["hf", "orbax"] = "hf
     if format == "hf":
         model.save_pretrained(path, **options)
     elif format == "orbax":
-        origin = model.origin
-        files = companions.pack(origin.config, origin.generation_config, origin.tokenizer) if origin else {}
-        checkpoint.save(model, path, companions=files, **options)
+        checkpoint.save(model, path, companions=model.companions, **options)
     else:
         raise ValueError(f"format={format!r}: tbjax writes 'hf' or 'orbax'.")
 

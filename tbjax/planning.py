@@ -149,7 +149,7 @@ def _described(name: str | Path, revision: str | None) -> tuple[Mapping[str, Any
         if path.suffix == ".json" or (path / CONFIG).exists():
             return normalize_config(read_config(path), where=str(path)), str(path)
         return resolve(path).config, str(path)  # a GGUF, or a folder with one, speaks for itself
-    if isinstance(name, Path):
+    if isinstance(name, Path) or name.startswith(("/", ".", "~")) or path.suffix == ".json":
         raise FileNotFoundError(f"{name}: there is no such file or folder.")
     if models.known(name) and revision is None:
         return models.describe(name), name
@@ -174,24 +174,17 @@ def _from_hub(name: str, revision: str | None) -> Path:
     try:
         with contextlib.suppress(hub.LocalEntryNotFoundError):
             return Path(huggingface_hub.hf_hub_download(name, CONFIG, revision=revision, local_files_only=True))
+        # Where there is no network this says so at once; a download would try for half a minute first.
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT)
         return Path(huggingface_hub.hf_hub_download(name, CONFIG, revision=revision))
     # All that the hub raises is one of these: no id at all, not reached, refused, not there, not cached.
     except (hub.HFValidationError, OSError, hub.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
-        at, reason = f" at revision {revision}" if revision else "", " ".join(str(error).split())
-        hint = "" if models.known(name) else f" {_unknown(name)}"
+        at, reason = f" at revision {revision}" if revision else "", " ".join(str(error).split()).rstrip(".")
+        hint = "" if models.known(name) else f" It has no built-in description either. {models.closest(name)}"
         raise models.UnknownModel(
             f"{name}: there is no such file or folder, and the Hugging Face hub did not give its {CONFIG}{at}: "
-            f"{reason}{hint}"
+            f"{reason}.{hint} The path of a {CONFIG} would do."
         ) from error
-
-
-def _unknown(name: str) -> str:
-    """That there is no built-in description of that name, and which are near."""
-    try:
-        models.describe(name)
-    except models.UnknownModel as error:
-        return str(error)
-    return ""
 
 
 def settings_of(

@@ -30,11 +30,20 @@ def describe(name: str) -> dict[str, Any]:
     """The config of the built-in model `name`, as `interop.families` reads it."""
     key = _index().get(_normal(name))
     if key is None:
-        near = difflib.get_close_matches(_normal(name), _index(), n=3, cutoff=0.6)
-        closest = " or ".join(dict.fromkeys(_index()[match] for match in near))
-        guess = f"Did you mean {closest}?" if near else f"The built-in ones are {', '.join(names())}."
-        raise UnknownModel(f"model {name!r} has no built-in description. {guess}")
+        raise UnknownModel(
+            f"model {name!r} has no built-in description. {closest(name)} Otherwise give the path of its config.json, "
+            "or the hub id (owner/name) of a repository that has one."
+        )
     return _config(key)
+
+
+def closest(name: str) -> str:
+    """The names nearest to one that is unknown; where none is near, whose models are known."""
+    near = difflib.get_close_matches(_normal(name), _index(), n=3, cutoff=0.6)
+    if near:
+        return f"Did you mean {' or '.join(dict.fromkeys(_index()[match] for match in near))}?"
+    owners = dict.fromkeys(known.partition("/")[0] for known in names())
+    return f"There are {len(names())}, of {', '.join(owners)}: tbjax.planner.models.names() lists them."
 
 
 def names() -> tuple[str, ...]:

@@ -88,6 +88,7 @@ def _head(plan: "Plan") -> Markup:
         element("div", task, class_="eyebrow"),
         element("h1", words.heading(plan)),
         element("p", words.verdict(plan), class_=f"verdict {'good' if plan.fits else 'bad'}"),
+        [element("p", sentence) for sentence in plan.remedy],
         element(
             "dl",
             [
@@ -100,7 +101,8 @@ def _head(plan: "Plan") -> Markup:
 
 
 def _in_words(plan: "Plan") -> Markup:
-    said = [line for line in plan.explain().splitlines() if line != words.verdict(plan)]  # it stands in the head
+    head = (words.verdict(plan), *plan.remedy)
+    said = [line for line in plan.explain().splitlines() if line not in head]
     return _section("In words", [element("p", line) for line in said])
 
 

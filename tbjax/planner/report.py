@@ -32,6 +32,7 @@ def report(plan: "Plan") -> RenderableType:
     parts: list[RenderableType] = [
         Text(words.heading(plan), style="bold"),
         Text(words.verdict(plan), style=style),
+        *(Text(sentence) for sentence in plan.remedy),
         Text(f"{words.mesh(plan.layout)}, {words.options(plan.layout)}", style="bold"),
         _figures(plan),
         _axes(plan),

@@ -60,6 +60,11 @@ def shown(plan):
     return Reader(page(plan, plans.verification(plan)))
 
 
+def test_what_would_do_stands_once_where_nothing_fits(plan, shown):
+    assert bool(plan.remedy) is not plan.fits
+    assert [shown.text.count(sentence) for sentence in plan.remedy] == [1] * len(plan.remedy)
+
+
 def test_every_number_of_the_plan_is_on_its_page(plan, shown):
     numbers = [words.gib(size) for size in plan.memory.parts.values()]
     numbers += [words.seconds(size) for size in plan.time.parts.values() if size]

@@ -82,3 +82,13 @@ def test_a_verification_stands_beside_its_prediction(width):
     within = shown(report(dataclasses.replace(plan, verification=verification)), width)
     assert compared.verdict(verification) in " ".join(within.split())
     assert "compiler" not in shown(report(plan), width)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_plan_that_does_not_fit_says_what_is_missing_and_what_would_do(width):
+    plan = plans.PLANS["does not fit"]()
+    said = " ".join(shown(report(plan), width).split())
+    assert words.gib(plan.missing) in plan.remedy[0]
+    assert str(plan.smallest) in plan.remedy[1]
+    assert all(sentence in said for sentence in plan.remedy)
+    assert "Nothing fits" not in shown(report(plans.PLANS["64 GPUs"]()), width)

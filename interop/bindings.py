@@ -12,7 +12,7 @@ parameters take from one fused tensor must tile it, or `bindings` and `source_sh
 import collections
 import itertools
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -37,7 +37,7 @@ class Binding(NamedTuple):
 
     source: str
     path: str
-    part: tuple[int, ...]  # which part, along the parameter's first dimensions: in a stack (repeat[, expert])
+    part: tuple[int, ...]  # which part, along the parameter's first dimensions: in a stack (row[, expert])
     shape: tuple[int, ...]  # of that part, without the padding of the vocabulary
     rows: tuple[tuple[int, int], ...]  # runs of the source's first dimension that put together are the part's
     transpose: bool  # the source is the part with its two dimensions swapped
@@ -63,19 +63,21 @@ def bindings(model: Any, config: ModelConfig, family: Family) -> tuple[Binding, 
             if weight.target not in parameters:
                 _refuse(family, f"{weight.source} is bound to {weight.target}, which the model does not have")
             found.append(_bind(weight, weight.source, parameters[weight.target], (), config, family))
+    rows = [model.sharding.stack(group.repeats).places for group in config.groups]
     for layer in range(config.layers):
         place = config.place(layer)
+        row = rows[place.group][place.repeat]
         for weight in table:
             path = f"stacks.{place.group}.{place.position}.{weight.target.removeprefix(BLOCK)}"
             if not weight.target.startswith(BLOCK) or path not in parameters:
                 continue
             used.add(weight)
-            for index, source in _sources(weight, layer, place.repeat, config):
+            for index, source in _sources(weight, layer, row, config):
                 found.append(_bind(weight, source, parameters[path], index, config, family))
     for weight in table:
         if weight not in used:
             _refuse(family, f"{weight.source} is bound to {weight.target}, which no layer has")
-    _check_covered(found, parameters, family)
+    _check_covered(found, parameters, rows, family)
     return tuple(found)
 
 
@@ -186,13 +188,13 @@ def rectangles(binding: Binding, bounds: Bounds) -> list[Rectangle]:
 # --- Helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _sources(weight: Weight, layer: int, repeat: int, config: ModelConfig) -> Iterator[tuple[tuple[int, ...], str]]:
+def _sources(weight: Weight, layer: int, row: int, config: ModelConfig) -> Iterator[tuple[tuple[int, ...], str]]:
     """The tensors that a row means in one layer, with their index in the stack."""
     if EXPERT not in weight.source:
-        yield (repeat,), weight.source.format(layer=layer)
+        yield (row,), weight.source.format(layer=layer)
         return
     for expert in range(config.moe.experts if config.moe else 0):
-        yield (repeat, expert), weight.source.format(layer=layer, expert=expert)
+        yield (row, expert), weight.source.format(layer=layer, expert=expert)
 
 
 def _bind(
@@ -214,8 +216,10 @@ def _bind(
     return Binding(source, leaf.path, index, shape, rows, weight.transpose, fused=weight.rows is not None)
 
 
-def _check_covered(found: Sequence[Binding], parameters: Mapping[str, Leaf], family: Family) -> None:
-    """Raises unless each part of each parameter is bound once."""
+def _check_covered(
+    found: Sequence[Binding], parameters: Mapping[str, Leaf], rows: Sequence[Sequence[int]], family: Family
+) -> None:
+    """Raises unless each part of each parameter is bound once. `rows` are those of each group that stand for layers."""
     parts: dict[str, list[Binding]] = collections.defaultdict(list)
     for binding in found:
         parts[binding.path].append(binding)
@@ -229,7 +233,10 @@ def _check_covered(found: Sequence[Binding], parameters: Mapping[str, Leaf], fam
             _refuse(family, f"{path}{list(index)} is bound {times} times, to {', '.join(sources)}")
         if len({len(index) for index in indices}) > 1:
             _refuse(family, f"{path} is bound both by layer and by expert")
-        wanted = set(itertools.product(*(range(size) for size in leaf.variable.shape[: len(indices[0])])))
+        spans: list[Iterable[int]] = [range(size) for size in leaf.variable.shape[: len(indices[0])]]
+        if spans and leaf.dims[0] == "layers":
+            spans[0] = rows[int(path.split(".")[1])]
+        wanted = set(itertools.product(*spans))
         if wanted != set(indices):
             _refuse(family, f"no tensor is bound to {path}{list(min(wanted - set(indices)))}")
 

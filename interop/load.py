@@ -121,6 +121,8 @@ def _destinations(abstract: Any, config: ModelConfig, staged: bool | None, budge
         if getattr(struct, "sharding", None) is None:
             raise ValueError(f"{path} has no sharding: place the abstract model on a mesh first (Sharding.place).")
         padded = "vocab" in dims and config.vocab_size != config.padded_vocab
+        if dims[:1] == ("layers",):  # a pipeline's stages may have rows to spare
+            padded |= struct.shape[0] != config.groups[int(path.split(".")[1])].repeats
         on_device = any(d.platform != "cpu" for d in struct.sharding.device_set) if staged is None else staged
         if on_device:
             found[path] = DeviceDestination(struct, budget=budget)

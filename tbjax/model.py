@@ -9,14 +9,17 @@ A `Decoder` is a plain pytree: `jax.jit`, `jax.grad` and `jax.tree.map` take it 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from tbjax.config import LayerKind, ModelConfig
+from tbjax.cut import HOLE
 from tbjax.layers import rope
 from tbjax.layers.attend import Keys
 from tbjax.layers.attention import Attention
@@ -117,12 +120,12 @@ class Decoder(nnx.Module):
         self.stacks = nnx.List()
         for group in config.groups:
             stack = nnx.List()
+            rows = np.asarray(self.sharding.stack(group.repeats).order)
             for position, kind in enumerate(group.pattern):
-                layers = group.first + position + len(group.pattern) * jnp.arange(group.repeats)
+                layers = group.first + position + len(group.pattern) * jnp.asarray(np.maximum(rows, 0))
                 layer_keys = jax.vmap(jax.random.fold_in, (None, 0))(keys[1], layers)
-                stack.append(
-                    jax.vmap(lambda k, kind=kind: Block(config, kind, self.sharding, key=k, **made))(layer_keys)
-                )
+                blocks = jax.vmap(lambda k, kind=kind: Block(config, kind, self.sharding, key=k, **made))(layer_keys)
+                stack.append(blocks if HOLE not in rows else jax.tree.map(partial(_with_holes, rows), blocks))
             self.stacks.append(stack)
         self.final_norm = make_norm(config, self.sharding, dtype, keys[2])
         head = (config.vocab_size, config.embed, self.sharding)
@@ -287,7 +290,7 @@ class Decoder(nnx.Module):
             return (x, cache), loads
 
         repeats = self.config.groups[group].repeats
-        xs = (list(stack), jnp.arange(repeats))
+        xs = (self._in_order(list(stack), repeats), jnp.arange(repeats))
         if self.scan:
             (x, cache), loads = jax.lax.scan(once, (x, cache), xs)
             return x, cache, loads
@@ -297,10 +300,20 @@ class Decoder(nnx.Module):
             outs.append(out)
         return x, cache, jax.tree.map(lambda *a: jnp.stack(a), *outs)
 
+    def _in_order(self, stack: list[Any], repeats: int) -> list[Any]:
+        """The layers one after the other, wherever a pipeline has them."""
+        cut = self.sharding.stack(repeats)
+        return stack if cut.plain else jax.tree.map(lambda a: a[np.asarray(cut.places)], stack)
+
     def _kept(self, cache: jax.Array) -> jax.Array:
         """A stack of keys or values [R, B, T, K, N], in that order in memory: attention would like others best, and the
         compiler would turn the whole stack to please it."""
         return self.sharding.in_order(cache, None, "batch", None, "kv_heads", None)
+
+
+def _with_holes(rows: np.ndarray, stack: jax.Array) -> jax.Array:
+    """The stack with zeros in the rows that stand for no layer."""
+    return jnp.where((rows != HOLE).reshape(-1, *[1] * (stack.ndim - 1)), stack, 0)
 
 
 def within(segments: jax.Array) -> jax.Array:

@@ -24,6 +24,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tbjax import mesh as meshes
+from tbjax.cut import Cut
+from tbjax.cut import cut as cut_over
 
 # A dimension is cut by its first axis, or the request raises; by the further ones only where another dimension does
 # not hold them. So `embed` is cut by ep as well, except in expert weights, where `experts` has it.
@@ -118,13 +120,24 @@ class Sharding:
     mesh: Mesh | AbstractMesh
     strategy: ShardingStrategy = ShardingStrategy.FULL_SHARD
     sequence_parallel: bool = False  # Megatron's: norms and residuals are cut over tp along the sequence
+    cut: Cut | None = None  # how stacks of layers lie over pp; None: in order, as evenly as can be
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strategy", ShardingStrategy(self.strategy))
+        if self.cut is not None and self.cut.stages != self.size("pp"):
+            raise ValueError(f"the cut is for pp={self.cut.stages}, but the mesh has pp={self.size('pp')}.")
 
     def size(self, *axes: str) -> int:
         """The product of the sizes of `axes` (an axis that the mesh lacks has size one)."""
         return math.prod(self.mesh.shape.get(axis, 1) for axis in axes)
+
+    def stack(self, repeats: int) -> Cut:
+        """How a stack of `repeats` layers lies over pp."""
+        if self.cut is not None and self.cut.repeats == repeats:
+            return self.cut
+        stages = self.size("pp")
+        # Fewer layers than stages cannot be cut, which is said where the parameter is to be placed.
+        return cut_over(repeats, stages if repeats >= stages else 1)
 
     # Parameters.
 
@@ -331,7 +344,7 @@ class Sharding:
         return "No mesh over this many devices would do."
 
     def _fits(self, module: Any, sizes: Mapping[str, int]) -> bool:
-        other = dataclasses.replace(self, mesh=AbstractMesh(tuple(sizes.values()), tuple(sizes)))
+        other = dataclasses.replace(self, mesh=AbstractMesh(tuple(sizes.values()), tuple(sizes)), cut=None)
         try:
             for path, dims, variable in leaves(module):
                 other.parameter(dims, variable.shape, path)

@@ -1,15 +1,17 @@
 """Layers from where they are stored to the stages that run them, where those differ, and gradients back.
 
-The stack of layers lies cut over the stages in order, as checkpoints and optimizers have it. Where a stage holds
-several pieces of the model that do not follow each other (interleaved, ZB-V), a step begins by sending each piece to
-its stage and ends by sending its gradients back. That moves a stage's weights and their gradients once in a step, and
-takes the memory of a second copy of the weights.
+A model that was laid out for its schedule (`Sharding.cut`) stores every layer on the stage that runs it, and nothing is
+exchanged. One that was not, say with its layers in order, runs by other schedules too: a step begins by sending layers
+to their stages and ends by sending their gradients back. That moves a stage's weights and their gradients once in a
+step, and takes the memory of a second copy of both.
 
-Each stage stores as many pieces as it runs, so the way from one to the other is a graph with as many edges out of every
-stage as into it, and falls apart into that many rounds in each of which every stage sends one piece and receives one: a
-permutation, which the devices do as one.
+Layers travel in blocks, as large as both cuts allow. Every stage sends as many blocks as it receives, counting empty
+ones where a stage has rows to spare, so the way from one cut to the other is a regular graph, and falls apart into
+rounds in each of which every stage sends one block and receives one: a permutation, which the devices do as one.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,51 +19,71 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tbjax.pipeline.schedule import Schedule
+from tbjax.cut import HOLE, Cut
+from tbjax.pipeline.graph import NONE
 
 
 class Round(NamedTuple):
-    """One permutation: by sender, which of its pieces it sends and to whom; by receiver, as which of its chunks."""
+    """One permutation: by sender, which of its blocks it sends and to whom; by receiver, where it puts what arrives."""
 
-    piece: tuple[int, ...]
+    block: tuple[int, ...]  # NONE: an empty one, which is not really sent
     receiver: tuple[int, ...]
-    place: tuple[int, ...]
+    place: tuple[int, ...]  # NONE: nothing arrives
 
 
-def rounds(schedule: Schedule, stages: int) -> tuple[Round, ...]:
-    """How the pieces get from the stages that store them to those that run them; none where those are the same."""
-    chunks = schedule.chunks
-    runs = {
-        schedule.position(stage, chunk, stages): (stage, chunk) for stage in range(stages) for chunk in range(chunks)
-    }
-    if all(runs[position] == divmod(position, chunks) for position in runs):
-        return ()
-    left = [{piece: runs[stage * chunks + piece] for piece in range(chunks)} for stage in range(stages)]
+class Route(NamedTuple):
+    """The way from one cut to another."""
+
+    rows: int  # of a block
+    blocks: tuple[int, int]  # that a stage has under the one cut and under the other
+    rounds: tuple[Round, ...]  # none where the cuts are the same
+
+
+def route(stored: Cut, run: Cut) -> Route:
+    """How layers that lie by one cut come to lie by another."""
+    stages = stored.stages
+    rows = math.gcd(*(number for piece in (*stored.pieces, *run.pieces) for number in piece))
+    before, after = stored.rows // rows, run.rows // rows
+    if stored == run:
+        return Route(rows, (before, after), ())
+    degree = max(before, after)
+    # Of every stage: what goes where, as (block, (receiver, place)), and what is still free.
+    left: list[list[tuple[int, tuple[int, int]]]] = [[] for _ in range(stages)]
+    free = [set(range(degree)) for _ in range(stages)]
+    target = {run.order[row]: divmod(row, run.rows) for row in range(0, stages * run.rows, rows)}
+    for row in range(0, stages * stored.rows, rows):
+        if (layer := stored.order[row]) != HOLE:
+            receiver, row_there = target[layer]
+            left[row // stored.rows].append((row % stored.rows // rows, (receiver, row_there // rows)))
+            free[receiver].remove(row_there // rows)
+    spare = iter([stage for stage, places in enumerate(free) for _ in places])
+    for sending in left:
+        sending += [(NONE, (receiver, NONE)) for receiver in itertools.islice(spare, degree - len(sending))]
     found = []
-    for _ in range(chunks):
-        chosen = _matching([[stage for stage, _ in pieces.values()] for pieces in left])
-        piece, place = [0] * stages, [0] * stages
+    for _ in range(degree):
+        chosen = _matching([[receiver for _, (receiver, _) in sending] for sending in left])
+        block, place = [0] * stages, [NONE] * stages
         for sender, receiver in enumerate(chosen):
-            piece[sender] = next(p for p, (stage, _) in left[sender].items() if stage == receiver)
-            place[receiver] = left[sender].pop(piece[sender])[1]
-        found.append(Round(tuple(piece), tuple(chosen), tuple(place)))
-    return tuple(found)
+            index = next(i for i, (_, (to, _)) in enumerate(left[sender]) if to == receiver)
+            block[sender], (_, place[receiver]) = left[sender].pop(index)
+        found.append(Round(tuple(block), tuple(chosen), tuple(place)))
+    return Route(rows, (before, after), tuple(found))
 
 
-def table(exchange: Sequence[Round], stages: int) -> np.ndarray:
-    """[stages, rounds, 2]: the piece that a stage sends in each round, and where it puts the one that it receives."""
-    found = [[*zip(r.piece, r.place, strict=True)] for r in exchange]
-    return np.asarray(found, np.int32).reshape(len(exchange), stages, 2).swapaxes(0, 1)
+def table(way: Route, stages: int) -> np.ndarray:
+    """[stages, rounds, 2]: the block that a stage sends in each round, and where it puts the one that it receives."""
+    found = [[*zip(r.block, r.place, strict=True)] for r in way.rounds]
+    return np.asarray(found, np.int32).reshape(len(way.rounds), stages, 2).swapaxes(0, 1)
 
 
 class Exchange(NamedTuple):
-    """An exchange as one stage sees it."""
+    """A route as one stage sees it."""
 
-    rounds: tuple[Round, ...]
+    way: Route
     mine: jax.Array  # [1, rounds, 2]: the stage's own part of the `table`
 
     def there(self, layers: list[jax.Array]) -> list[jax.Array]:
-        """Arrays [pieces * rows, ...] as they are stored, as they are run."""
+        """Arrays [rows, ...] as they are stored, as they are run."""
         return self._send(layers, back=False)
 
     def back(self, layers: list[jax.Array]) -> list[jax.Array]:
@@ -69,17 +91,26 @@ class Exchange(NamedTuple):
         return self._send(layers, back=True)
 
     def _send(self, layers: list[jax.Array], *, back: bool) -> list[jax.Array]:
-        return [self._sent(array, back) for array in layers] if self.rounds else layers
+        return [self._sent(array, back) for array in layers] if self.way.rounds else layers
 
     def _sent(self, array: jax.Array, back: bool) -> jax.Array:
-        pieces = array.reshape(len(self.rounds), -1, *array.shape[1:])
-        result = jnp.zeros_like(pieces)
-        for number, (_, receiver, _) in enumerate(self.rounds):
+        rest = array.shape[1:]
+        blocks = array.reshape(-1, self.way.rows, *rest)
+        result = jnp.zeros((self.way.blocks[0 if back else 1], self.way.rows, *rest), array.dtype)
+        for number, (sent_blocks, receivers, _) in enumerate(self.way.rounds):
             take, put = self.mine[0, number, 1 if back else 0], self.mine[0, number, 0 if back else 1]
-            pairs = [(to, sender) if back else (sender, to) for sender, to in enumerate(receiver)]
-            moved = jax.lax.ppermute(jax.lax.dynamic_index_in_dim(pieces, take, keepdims=False), "pp", pairs)
-            result = jax.lax.dynamic_update_index_in_dim(result, moved, put, 0)
-        return result.reshape(array.shape)
+            full = [(sender, to) for sender, to in enumerate(receivers) if sent_blocks[sender] != NONE]
+            pairs = [(to, sender) for sender, to in full] if back else full
+            moved = jax.lax.ppermute(_at(blocks, take), "pp", pairs)
+            result = jax.lax.dynamic_update_index_in_dim(
+                result, jnp.where(put == NONE, _at(result, put), moved), jnp.maximum(put, 0), 0
+            )
+        return result.reshape(-1, *rest)
+
+
+def _at(blocks: jax.Array, place: jax.Array) -> jax.Array:
+    """A block; anything at all where the place is NONE."""
+    return jax.lax.dynamic_index_in_dim(blocks, jnp.maximum(place, 0), keepdims=False)
 
 
 def _matching(edges: Sequence[Sequence[int]]) -> list[int]:

@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from tbjax.cut import Cut
 from tbjax.model import Decoder, Hidden
-from tbjax.pipeline.exchange import Exchange, rounds, table
+from tbjax.pipeline.exchange import Exchange, route, table
 from tbjax.pipeline.graph import NONE
 from tbjax.pipeline.grid import IDLE, Cell, Grid, lay_out
 from tbjax.pipeline.schedule import ForwardOnly, Kind, Schedule
-from tbjax.pipeline.stages import Payload, Stage, Tokens, Weights, check_cut, finish, join, specs, split
+from tbjax.pipeline.stages import Payload, Stage, Tokens, Weights, cuts, finish, join, specs, split
 from tbjax.pipeline.training import StageRemat, State, TrainingStage, when
 
 # As `Loss`, with the whole batch as its last argument: what a microbatch's part is measured by is counted there.
@@ -51,14 +52,15 @@ def pipelined_gradients(
     a microbatch, the microbatch and the whole batch. `remat` says what is kept from forward to backward: see
     `tbjax.pipeline.training`.
     """
-    grid = _grid(model, schedule, microbatches, saves=remat != "stage")
+    stored, run = cuts(model, schedule)
+    grid = lay_out(schedule, run.stages, microbatches, saves=remat != "stage")
     if grid.kinds == (Kind.FORWARD, IDLE):
         raise ValueError(f"schedule={schedule.name!r} only runs forward: it trains nothing.")
     if {Kind.BACKWARD, Kind.BACKWARD_WEIGHT} <= {*grid.kinds}:
         raise ValueError(f"schedule={schedule.name!r} splits some backwards and not others: split all or none.")
     parts = _microbatches(batch, microbatches, model)
-    run = partial(_train, grid=grid, loss=loss, dtype=dtype, remat=remat)
-    return _over_stages(run, model, schedule, grid, parts, (PartitionSpec(), specs(model)))
+    train = partial(_train, grid=grid, loss=loss, remat=remat)
+    return _over_stages(train, model, stored, run, grid, parts, dtype, (PartitionSpec(), specs(model)))
 
 
 def pipelined_hidden(
@@ -66,21 +68,11 @@ def pipelined_hidden(
 ) -> Hidden:
     """`model.hidden` of a batch, run through the stages in microbatches. Every stage gets the result."""
     schedule = ForwardOnly() if schedule is None else schedule
-    grid = _grid(model, schedule, microbatches)
+    stored, run = cuts(model, schedule)
+    grid = lay_out(schedule, run.stages, microbatches)
     parts = _microbatches(batch, microbatches, model)
-    out = _over_stages(partial(_infer, grid=grid, dtype=dtype), model, schedule, grid, parts, PartitionSpec())
+    out = _over_stages(partial(_infer, grid=grid), model, stored, run, grid, parts, dtype, PartitionSpec())
     return finish(model, out._replace(x=out.x.swapaxes(0, 1).reshape(-1, *out.x.shape[2:])))
-
-
-def _grid(model: Decoder, schedule: Schedule, microbatches: int, *, saves: bool = False) -> Grid:
-    stages = model.sharding.size("pp")
-    check_cut(model.config, stages, schedule.chunks)
-    return lay_out(schedule, stages, microbatches, saves=saves)
-
-
-def _rows(grid: Grid, model: Decoder) -> int:
-    """How many repeats of the pattern one piece has."""
-    return model.config.groups[0].repeats // grid.pieces
 
 
 def _microbatches(batch: Any, microbatches: int, model: Decoder) -> Any:
@@ -95,17 +87,27 @@ def _microbatches(batch: Any, microbatches: int, model: Decoder) -> Any:
 
 
 def _over_stages(
-    run: Callable[..., Any], model: Decoder, schedule: Schedule, grid: Grid, parts: Any, out_specs: Any
+    work: Callable[..., Any], model: Decoder, stored: Cut, run: Cut, grid: Grid, parts: Any, dtype: Any, out_specs: Any
 ) -> Any:
-    """`run(table, exchange, model, parts)` on every stage, which gets its own column of the tables."""
-    exchange = rounds(schedule, grid.stages)
-    tables = Cell(*map(jnp.asarray, grid.cells)), jnp.asarray(table(exchange, grid.stages))
+    """`work(cells, stage, exchange, model, parts)` on every stage, which gets its own part of the tables."""
+    way = route(stored, run)
+    spans = [[run.local(stage, chunk) for chunk in range(run.chunks)] for stage in range(run.stages)]
+    tables = Cell(*map(jnp.asarray, grid.cells)), jnp.asarray(spans), jnp.asarray(table(way, grid.stages))
+
+    def on_stage(tables: Any, model: Decoder, parts: Any) -> Any:
+        cells, spans, moves = tables
+        exchange = Exchange(way, moves)
+        weights = split(model)
+        running = join(model, weights._replace(layers=exchange.there(weights.layers)))
+        return work(cells, Stage(running, run, spans[0], dtype), exchange, model, parts)
+
+    own = PartitionSpec("pp")
     shard_map: Any = jax.shard_map
     return shard_map(
-        lambda columns, model, parts: run(columns[0], Exchange(exchange, columns[1]), model, parts),
+        on_stage,
         mesh=model.sharding.mesh,
         axis_names={"pp"},
-        in_specs=((PartitionSpec(None, "pp"), PartitionSpec("pp")), specs(model), PartitionSpec()),
+        in_specs=((PartitionSpec(None, "pp"), own, own), specs(model), PartitionSpec()),
         out_specs=out_specs,
         check_vma=False,
     )(tables, model, parts)
@@ -113,19 +115,16 @@ def _over_stages(
 
 def _train(
     cells: Cell,
+    stage: Stage,
     exchange: Exchange,
     model: Decoder,
     parts: Any,
     *,
     grid: Grid,
     loss: WholeLoss,
-    dtype: Any,
     remat: StageRemat,
 ) -> Any:
     """One stage's part in a step of training."""
-    weights = split(model)
-    running = join(model, weights._replace(layers=exchange.there(weights.layers)))
-    stage = Stage(running, _rows(grid, model), grid.pieces - 1, dtype)
     training = TrainingStage.make(
         stage,
         lambda model, hidden, part: loss(model, hidden, part, parts),
@@ -152,11 +151,8 @@ def _train(
     return jax.lax.psum(state.loss, "pp"), gradients
 
 
-def _infer(cells: Cell, exchange: Exchange, model: Decoder, parts: Any, *, grid: Grid, dtype: Any) -> Payload:
+def _infer(cells: Cell, stage: Stage, exchange: Exchange, model: Decoder, parts: Any, *, grid: Grid) -> Payload:
     """One stage's part in a forward pass: what the last piece hands out, of all microbatches."""
-    weights = split(model)
-    running = join(model, weights._replace(layers=exchange.there(weights.layers)))
-    stage = Stage(running, _rows(grid, model), grid.pieces - 1, dtype)
 
     def forward(cell: Cell, part: Tokens, payload: Payload, gradient: Payload, state: Payload) -> Any:
         out = stage.forward(cell, part, payload)

@@ -1,8 +1,9 @@
 """A decoder cut into pieces, and what the stage that holds some of them does with one microbatch going forward.
 
-The decoder's layers are stacked, and the mesh axis `pp` cuts the stack: a stage holds a run of layers as its part of
-the same arrays that an unpipelined decoder has. What stands before the layers (the embedding) and after them (norm,
-head, loss) is whole on every stage; the first piece uses the one and the last the other.
+The decoder's layers are stacked, and the mesh axis `pp` cuts the stack: a stage holds its layers as its part of the
+same arrays that an unpipelined decoder has, in the rows that a `Cut` gives them. What stands before the layers (the
+embedding) and after them (norm, head, loss) is whole on every stage; the first piece uses the one and the last the
+other.
 
 Between pieces goes a `Payload`: the residual stream, and the load of the experts so far, which the auxiliary loss needs
 of all layers together. Its gradient comes back in the same form.
@@ -15,10 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from tbjax.config import ModelConfig
+from tbjax.cut import Cut, cut
 from tbjax.layers.moe import RouterLoad
 from tbjax.model import Decoder, Hidden, Surroundings, auxiliary_loss
 from tbjax.pipeline.grid import Cell
+from tbjax.pipeline.schedule import Schedule
 from tbjax.sharding import leaves
 
 
@@ -52,22 +54,21 @@ class Weights(NamedTuple):
     ends: list[jax.Array]
 
 
-def check_cut(config: ModelConfig, stages: int, chunks: int) -> None:
-    """Raise ValueError unless the decoder's layers can be cut into `chunks` equal pieces for each of the stages."""
-    pieces = stages * chunks
-    asked = f"pp={stages}" + (f" with {chunks} chunks a stage" if chunks > 1 else "")
+def cuts(model: Decoder, schedule: Schedule) -> tuple[Cut, Cut]:
+    """How the model's layers are stored, and how they are run by `schedule`: as they are stored, where that serves.
+
+    Raises ValueError where they cannot be cut for it.
+    """
+    config, stages = model.config, model.sharding.size("pp")
     group, *others = config.groups
     if others:
         raise ValueError(
-            f"{asked}: the {config.layers} layers of this model follow no single pattern, but "
-            f"{len(config.groups)} one after the other, and a pipeline cuts one stack of equal repeats: use pp=1, with "
+            f"pp={stages}: the {config.layers} layers of this model follow no single pattern, but "
+            f"{len(config.groups)} one after the other, and a pipeline cuts one stack of repeats: use pp=1, with "
             "fsdp or tp in its place."
         )
-    if group.repeats % pieces:
-        unit = "layers" if len(group.pattern) == 1 else f"repeats of {len(group.pattern)} layers"
-        fitting = [n for n in range(1, group.repeats + 1) if group.repeats % (n * chunks) == 0]
-        hint = f"pp={' or '.join(map(str, fitting[-3:]))} would do" if fitting else "fewer chunks would do"
-        raise ValueError(f"{asked}: {group.repeats} {unit} do not divide into {pieces} equal pieces; {hint}.")
+    stored = model.sharding.stack(group.repeats)
+    return stored, stored if stored.serves(schedule) else cut(group.repeats, stages, schedule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +76,27 @@ class Stage:
     """The work of one stage, on its own part of the decoder (inside the `shard_map` over pp)."""
 
     model: Decoder
-    rows: int  # repeats of the pattern in one piece
-    last: int  # the position of the last piece
+    cut: Cut
+    spans: jax.Array  # [chunks, 2]: of each of the stage's own chunks the first row, and how many
     dtype: Any
+
+    @property
+    def rows(self) -> int:
+        """Repeats of the pattern in the longest piece."""
+        return self.cut.longest
+
+    @property
+    def last(self) -> int:
+        """The position of the last piece."""
+        return len(self.cut.pieces) - 1
+
+    def span(self, cell: Cell) -> tuple[Any, Any]:
+        """The first row of the piece that the cell names, and how many it has: numbers known to the compiler, if all
+        have as many."""
+        if self.cut.even:
+            return cell.chunk * self.rows, self.rows
+        own = self.spans[cell.chunk]
+        return own[0], own[1]
 
     def enter(self, part: Tokens) -> Payload:
         """What the first piece begins with."""
@@ -104,12 +123,12 @@ class Stage:
 
     def forward(self, cell: Cell, part: Tokens, payload: Payload) -> Payload:
         """The piece that the cell names, from what the piece before handed out."""
-        around, first = self.around(part), cell.chunk * self.rows
+        around, (first, count) = self.around(part), self.span(cell)
 
         def layer(row: jax.Array, payload: Payload) -> Payload:
             return self.layer(self.row(first + row), around, payload)
 
-        return jax.lax.fori_loop(0, self.rows, layer, self.arrive(cell, part, payload))
+        return jax.lax.fori_loop(0, count, layer, self.arrive(cell, part, payload))
 
     def layer(self, blocks: Any, around: Surroundings, payload: Payload) -> Payload:
         """One repeat of the pattern."""

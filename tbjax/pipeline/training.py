@@ -94,35 +94,35 @@ class TrainingStage:
             out = jax.tree.map(lambda a, b: jnp.where(cell.position == self.stage.last, a, b), out, gradient)
             is_last = cell.position == self.stage.last
             state, gradient = when(is_last, lambda carried: self._end(part, *carried), (state, out))
-        around, first = self.stage.around(part), cell.chunk * self.stage.rows
+        around, (first, count) = self.stage.around(part), self.stage.span(cell)
         kept_slot, pair_slot = self._kept_slot(cell), jnp.maximum(cell.pairs, 0)
 
-        def back(carry: tuple[Payload, list[jax.Array], tuple[jax.Array, ...]], row: jax.Array) -> tuple[Any, None]:
-            gradient, layers, pairs = carry
+        def back(turn: jax.Array, carry: tuple[Payload, list[jax.Array], tuple[jax.Array, ...]]) -> Any:
+            (gradient, layers, pairs), row = carry, count - 1 - turn
             kept = [pool[kept_slot, row] for pool in state.kept]
             gradient, found, new = self.phases.backward(self.stage.row(first + row), around, kept, gradient)
             pairs = tuple(pool.at[pair_slot, row].set(a) for pool, a in zip(pairs, new, strict=True))
-            return (gradient, self._add(layers, first + row, found), pairs), None
+            return gradient, self._add(layers, first + row, found), pairs
 
         carry = self.stage.lay(gradient), state.sums.layers, state.pairs
-        (gradient, layers, pairs), _ = jax.lax.scan(back, carry, jnp.arange(self.stage.rows), reverse=True)
+        gradient, layers, pairs = jax.lax.fori_loop(0, count, back, carry)
         ends = when(cell.position == 0, lambda ends: self._begin(gradient, part, ends), state.sums.ends)
         return state._replace(sums=Weights(layers, ends), pairs=pairs), gradient
 
     def weights(self, cell: Cell, part: Tokens, state: State) -> State:
         """The weight gradients of a piece, from its pairs."""
-        around, first = self.stage.around(part), cell.chunk * self.stage.rows
+        around, (first, count) = self.stage.around(part), self.stage.span(cell)
 
         def add(row: jax.Array, layers: list[jax.Array]) -> list[jax.Array]:
             pairs = [pool[cell.pairs, row] for pool in state.pairs]
             return self._add(layers, first + row, self.phases.weights(self.stage.row(first + row), around, pairs))
 
-        layers = jax.lax.fori_loop(0, self.stage.rows, add, state.sums.layers)
+        layers = jax.lax.fori_loop(0, count, add, state.sums.layers)
         return state._replace(sums=state.sums._replace(layers=layers))
 
     def _ahead(self, cell: Cell, part: Tokens, payload: Payload, state: State) -> tuple[State, Payload]:
         """A piece, with what its backward needs of each layer in the slot for it."""
-        around, first, slot = self.stage.around(part), cell.chunk * self.stage.rows, self._kept_slot(cell)
+        around, (first, count), slot = self.stage.around(part), self.stage.span(cell), self._kept_slot(cell)
 
         def layer(row: jax.Array, carry: tuple[Payload, tuple[jax.Array, ...]]) -> Any:
             payload, pools = carry
@@ -130,7 +130,7 @@ class TrainingStage:
             return payload, tuple(pool.at[slot, row].set(a) for pool, a in zip(pools, kept, strict=True))
 
         carry = self.stage.arrive(cell, part, payload), state.kept
-        out, kept = jax.lax.fori_loop(0, self.stage.rows, layer, carry)
+        out, kept = jax.lax.fori_loop(0, count, layer, carry)
         return state._replace(kept=kept), out
 
     def _kept_slot(self, cell: Cell) -> Any:

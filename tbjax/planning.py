@@ -26,8 +26,12 @@ USUAL_LENGTH = 4096
 # Of a sequence that is served, the part that is answer unless told otherwise.
 USUAL_ANSWER = 512
 
-# What is planned for and cannot be run yet: each setting, and the value that can.
-NOT_YET: Mapping[str, Any] = {"pp": 1, "cp": 1, "offload": ()}
+# What is planned for and cannot be run yet, by task: each setting, and the value that can.
+NOT_YET: Mapping[Task, Mapping[str, Any]] = {
+    "train": {"cp": 1, "offload": ()},
+    "inference": {"pp": 1, "cp": 1},
+}
+_MEANS = {"pp": "pipelines that generate text", "cp": "context parallelism"}
 
 
 def plan(
@@ -66,8 +70,8 @@ def plan(
 
     What is None is chosen. `mesh` fixes axes: a dict those that it names, a tuple (dp, fsdp, tp) all, with -1 for
     those to choose. Offloading is the last resort unless `offload` names what to offload, or is "any": wherever it
-    helps on paper. `runnable=True` chooses among what tbjax can run today: no pipelines, context parallelism or
-    offloading.
+    helps on paper. `runnable=True` chooses among what tbjax can run today: no context parallelism or offloading, and
+    pipelines in training alone.
 
     `objective` is "throughput", "latency" or "memory". With `search="verified"` the target's compiler compiles the best
     few, so they must be runnable.
@@ -98,7 +102,7 @@ def plan(
         "offload": offload if offload is None or isinstance(offload, str) else tuple(offload),
     }
     if runnable or search == "verified":
-        for setting, value in NOT_YET.items():
+        for setting, value in NOT_YET[task].items():
             if fixed.get(setting) not in (None, value):
                 raise ValueError(f"{setting}={fixed[setting]!r} cannot be run yet: leave it out, or plan without it.")
             fixed[setting] = value
@@ -200,10 +204,10 @@ def settings_of(
     if different:
         raise ValueError(f"the plan is for another model, {plan.model or plan.config.family}: {', '.join(different)}.")
     layout = plan.layout
-    for axis, means in (("pp", "pipelines"), ("cp", "context parallelism")):
-        if layout.mesh[axis] > 1:
+    for axis, means in _MEANS.items():
+        if axis in NOT_YET[plan.workload.task] and layout.mesh[axis] > 1:
             raise NotImplementedError(
-                f"the plan has {axis}={layout.mesh[axis]}: tbjax plans {means} but does not run them yet. Plan with "
+                f"the plan has {axis}={layout.mesh[axis]}: tbjax plans {means} but does not run that yet. Plan with "
                 "runnable=True for the best that it does run."
             )
     if sharding is not None and ShardingStrategy(sharding) != layout.strategy:

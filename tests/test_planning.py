@@ -14,6 +14,7 @@ from tbjax.config import LayerKind, ModelConfig
 from tbjax.mesh import AXES, fixed_sizes, make_mesh
 from tbjax.planner.models import UnknownModel, describe
 from tbjax.planner.parameters import parameters
+from tbjax.sharding import leaves
 from tests import tiny
 
 CONFIG = ModelConfig(
@@ -116,9 +117,10 @@ def test_a_short_model_gets_its_own_length():
 
 def test_what_can_be_run_is_all_that_is_planned_if_so_asked():
     plan = planned("llama-2-70b-hf", "a100-80:2x8", global_batch=64, runnable=True)
-    assert all(c.layout.pp == c.layout.cp == 1 and not c.layout.offload for c in [plan, *plan.candidates])
+    assert all(c.layout.cp == 1 and not c.layout.offload for c in [plan, *plan.candidates])
+    assert planned(mesh={"pp": 2}, runnable=True).layout.pp == 2
     with pytest.raises(ValueError, match="pp=2 cannot be run yet"):
-        planned(mesh={"pp": 2}, runnable=True)
+        planned(mesh={"pp": 2}, task="inference", runnable=True)
 
 
 # --- Fixed ------------------------------------------------------------------------------------------------------------
@@ -232,10 +234,21 @@ def test_a_checkpoint_is_loaded_as_it_was_planned(tmp_path):
     assert model.sharding.strategy is plan.layout.strategy
 
 
-@pytest.mark.parametrize(("axis", "words"), [("pp", "pipelines"), ("cp", "context parallelism")])
-def test_what_cannot_be_run_yet_is_refused_at_the_door(axis, words):
+def test_a_pipeline_that_trains_is_laid_out_over_its_stages():
+    plan = planned(mesh={"pp": 2, "tp": 2}, global_batch=16, runnable=True)
+    model = tbjax.from_config(CONFIG, mesh=plan)
+    assert dict(model.mesh.shape) == plan.mesh
+    for path, dims, variable in leaves(model):
+        spec = variable.get_value().sharding.spec
+        assert (dims[0] == "layers") == (len(spec) > 0 and spec[0] == "pp"), path
+
+
+@pytest.mark.parametrize(
+    ("axis", "task", "words"), [("pp", "inference", "pipelines"), ("cp", "train", "context parallelism")]
+)
+def test_what_cannot_be_run_yet_is_refused_at_the_door(axis, task, words):
     with pytest.raises(NotImplementedError, match=rf"{axis}=2.*{words}.*runnable=True"):
-        tbjax.from_config(CONFIG, mesh=planned(mesh={axis: 2}))
+        tbjax.from_config(CONFIG, mesh=planned(mesh={axis: 2}, task=task))
 
 
 def test_a_plan_for_another_model_is_refused():

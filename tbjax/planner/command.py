@@ -26,7 +26,7 @@ Task = Literal["train", "inference"]
 Optimizer = Literal["adamw", "adafactor", "sgd", "lion", "muon"]
 Precision = Literal["mixed", "bfloat16", "float32"]
 Quantization = Literal["int8", "int4"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "full", "stage"]
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"]
 Strategy = Literal["NO_SHARD", "OPTIMIZER", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"]
 Objective = Literal["throughput", "latency", "memory"]
@@ -76,7 +76,7 @@ def plan(
     objective: Annotated[Objective, typer.Option(help="What the best plan has most or least of.")] = "throughput",
     search: Annotated[Search, typer.Option(help="verified: the compiler judges the best few.")] = "analytic",
     runnable: Annotated[
-        bool, typer.Option("--runnable", help="Only what tbjax can run today: no pp, cp or offloading.")
+        bool, typer.Option("--runnable", help="Only what tbjax can run today: no cp or offloading; pp in training.")
     ] = False,
     mesh: Annotated[
         str,

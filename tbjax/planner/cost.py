@@ -119,7 +119,8 @@ def _step(priced: Prices, layout: Layout) -> tuple[dict[str, float]]:
     fetched = fetched_ends = offloaded = 0.0
     if cuts:
         gather = priced.gather(fsdp, ep, cp, tp)
-        fetched, room = _exposed(gather.layer, room)
+        # Forwards, backwards and the gradient's way back; a stage that is run again gathers once more.
+        fetched, room = _exposed(gather.layer * (4 / 3 if layout.remat == "stage" else 1), room)
         fetched_ends, _ = _exposed(gather.ends, stack.overlap * ends.seconds)
     if "activations" in layout.offload:
         offloaded, room = _exposed(priced.kept(rows, cp, tp, parallel, layout.remat), room)

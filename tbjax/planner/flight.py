@@ -4,6 +4,8 @@
 not the time for that.
 """
 
+import math
+
 from tbjax.planner.workload import Schedule
 
 # Slots for what arrives at a stage in the interleaved schedule, for up to eight stages.
@@ -29,8 +31,17 @@ def activations_in_flight(schedule: Schedule, stages: int, microbatches: int, ch
     return min(held, microbatches)
 
 
-def arrivals_in_flight(schedule: Schedule, stages: int, microbatches: int) -> int:
-    """Slots that a stage has for activations and gradients that its neighbours send."""
+def arrivals_in_flight(
+    schedule: Schedule, stages: int, microbatches: int, chunks: int = 1, *, waiting: bool = False
+) -> int:
+    """Slots that a stage has for activations and gradients that its neighbours send.
+
+    `waiting` says that an activation stays where it arrived until its backward pass, as under remat="stage".
+    """
     if stages == 1:
         return 0
+    if waiting:
+        # One gradient on its way; in ZB-V, whose stages run a piece from each end of the model, three.
+        pieces, gradients = (2, 3) if schedule == "zb-v" else (chunks, 1)
+        return math.ceil(pieces * activations_in_flight(schedule, stages, microbatches, chunks)) + gradients
     return microbatches if schedule == "gpipe" else MOST_ARRIVALS if schedule == "interleaved" else 3

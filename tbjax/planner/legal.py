@@ -32,7 +32,7 @@ SETTINGS = ("strategy", "sequence_parallel", "microbatches", "remat", "schedule"
 
 _STRATEGIES = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy.OPTIMIZER)
 _OFFLOADS: tuple[tuple[Offloaded, ...], ...] = ((), ("optimizer",), ("activations",), ("optimizer", "activations"))
-_REMATS: tuple[Remat, ...] = ("none", "dots", "full")
+_REMATS: tuple[Remat, ...] = ("none", "dots", "full", "stage")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ class Space:
 
     def _refusal(self, axis: str, sizes: Mapping[str, int]) -> Refusal | None:
         """Why `axis` cannot have its size, given those of the axes before it."""
-        if sizes[axis] == 1 and axis not in ("fsdp", "dp"):
+        if sizes[axis] == 1 and axis not in ("fsdp", "dp", "pp"):
             return None
         return _RULES[axis](self, sizes) if axis in _RULES else None
 
@@ -156,6 +156,10 @@ class Space:
         return None
 
     def _refuse_pp(self, sizes: Mapping[str, int]) -> Refusal | None:
+        if sizes["pp"] == 1:
+            if self.fixed.get("remat") == "stage":
+                return Refusal("pp stage", "remat='stage' keeps the input of a pipeline stage, and pp=1 has none")
+            return None
         if sizes["pp"] > self.config.layers:
             return Refusal("pp", f"{self.config.layers} layers < pp {sizes['pp']}: a stage would have none")
         return None
@@ -223,7 +227,11 @@ class Space:
     def layouts(self, mesh: Layout) -> Iterator[Layout]:
         """Every legal way to use a mesh."""
         for strategy, parallel, remat, microbatches, offload in itertools.product(
-            self.strategies(mesh), self.sequence_parallel(mesh), self.remats(), self.microbatches(mesh), self.offloads()
+            self.strategies(mesh),
+            self.sequence_parallel(mesh),
+            self.remats(mesh),
+            self.microbatches(mesh),
+            self.offloads(),
         ):
             for schedule, chunks in self.schedules(mesh, microbatches):
                 yield dataclasses.replace(
@@ -262,10 +270,13 @@ class Space:
             counts = tuple(count for count in counts if self.schedules(mesh, count))
         return counts
 
-    def remats(self) -> tuple[Remat, ...]:
+    def remats(self, mesh: Layout) -> tuple[Remat, ...]:
+        """Ascending in what is computed again; the last is of pipelines alone."""
         if "remat" in self.fixed:
             return (self.fixed["remat"],)
-        return _REMATS if self.workload.training else _REMATS[:1]
+        if not self.workload.training:
+            return _REMATS[:1]
+        return _REMATS if mesh.pp > 1 else _REMATS[:-1]
 
     def offloads(self) -> tuple[tuple[Offloaded, ...], ...]:
         if "offload" in self.fixed:
@@ -290,6 +301,8 @@ class Space:
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"mesh axis {axis!r} has size {size!r}: sizes are positive integers, or -1 to choose.")
         settings: dict[str, Any] = {name: value for name, value in self.fixed.items() if name != "strategy"}
+        if settings.get("remat") == "stage":  # only a pipeline has it, and pp may yet be chosen
+            settings.setdefault("pp", 2)
         Layout(**settings)  # raises, naming the one that is wrong
         if self.workload.global_batch % self.fixed.get("microbatches", 1):
             microbatches, batch = self.fixed["microbatches"], self.workload.global_batch

@@ -151,10 +151,7 @@ def of_training(config: ModelConfig, workload: Workload, layout: Layout, hardwar
         "optimizer": state,
         "batch": step.tokens * (8 * layout.microbatches + 4 * config.head_dim),  # tokens, targets; rope's angles
         "gradients": summed,
-        "arriving activations": (
-            arrivals_in_flight(layout.schedule, layout.pp, layout.microbatches)
-            * (step.tokens * step.compute * config.embed)
-        ),
+        "arriving activations": _arrivals(step) * step.tokens * step.compute * config.embed,
     }
     layers: Parts = {"gradients": summed + stacks, "saved activations": saved}  # until the backward pass has ended
     if step.compiler == "google" and step.compute < stored:
@@ -209,21 +206,30 @@ def _state(optimizer: Optimizer, shard: Shard) -> int:
             return shard.local
 
 
+def _arrivals(step: Step) -> int:
+    """Slots of a stage for what arrives."""
+    layout, waiting = step.layout, step.layout.remat == "stage"
+    return arrivals_in_flight(layout.schedule, layout.pp, layout.microbatches, layout.chunks, waiting=waiting)
+
+
 def _saved_bytes(step: Step) -> float:
     """What forward passes leave for backward passes, on the stage that holds most."""
     layout = step.layout
-    held = sum(kind.repeats * _saved(kind, layout.remat) for kind in step.kinds)
+    flight = activations_in_flight(layout.schedule, layout.pp, layout.microbatches, layout.chunks)
+    held = flight * sum(kind.repeats * _saved(kind, layout.remat) for kind in step.kinds)
+    if layout.remat == "stage":
+        # Nothing besides what has arrived; but a backward pass begins with a forward pass of its piece, and has the
+        # inputs of its layers.
+        held /= flight * (2 if layout.schedule == "zb-v" else layout.chunks)
     if layout.pp > 1 and layout.schedule.startswith("zb"):
         # From a gradient of the input until that of the weights, the two factors of every weight's gradient are kept.
-        held += sum(kind.repeats * _factors(kind) for kind in step.kinds)
-    share = step.layers / step.config.layers
-    flight = activations_in_flight(layout.schedule, layout.pp, layout.microbatches, layout.chunks)
-    return flight * share * step.tokens * step.compute * held
+        held += flight * sum(kind.repeats * _factors(kind) for kind in step.kinds)
+    return step.layers / step.config.layers * step.tokens * step.compute * held
 
 
 def _saved(layer: Layer, remat: Remat) -> int:
     """Elements of one token that a layer's forward pass leaves for its backward pass."""
-    if remat == "full":
+    if remat in ("full", "stage"):
         return layer.residual
     if remat == "dots":
         # Of the attention's output projection and, where a norm follows, of the feed-forward layer's.

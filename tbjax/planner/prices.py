@@ -226,8 +226,10 @@ class Prices:
         # reduction that is both at once) forwards and backwards. Recomputation runs them again as far as it goes.
         gathers = 2.0 + (4.0 if trained else 0.0)  # sequence parallel: the cut inputs are gathered again backwards
         scatters = 2.0 + (2.0 if trained else 0.0)
-        if remat == "full":
+        if remat in ("full", "stage"):
             scatters += 1.0 if self.stack.prunes else 2.0
+        if remat == "stage":  # forwards once more
+            gathers, scatters = gathers + 2, scatters + 2
         if sequence_parallel:
             tensor = gathers * over_tp.all_gather(stream) + scatters * over_tp.reduce_scatter(stream)
         else:
@@ -237,10 +239,12 @@ class Prices:
             tensor += self.sparse_share * scatters / 2 * peers
         keys = 2 * cp * rows * sequence / cp * -(-config.kv_heads // tp) * config.head_dim * self.size
         # Keys and values go round forwards, again, and backwards, where their gradients go round as well.
-        rounds = 1.0 if not trained else 3.0 if remat == "none" else 4.0
+        rounds = 1.0 if not trained else {"none": 3.0, "stage": 5.0}.get(remat, 4.0)
         context = rounds * over_cp.all_gather(keys)
         # Tokens are gathered from the ep peers and their results scattered back; backwards the other way round.
         gathers, scatters = (1.0, 1.0) if not trained else (2.0 if remat == "none" else 3.0, 2.0)
+        if remat == "stage":
+            gathers, scatters = gathers + 1, scatters + 1
         expert = gathers * over_ep.all_gather(ep * stream) + scatters * over_ep.reduce_scatter(ep * stream)
         return Talk(tensor, context, self.sparse_share * expert)
 

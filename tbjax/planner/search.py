@@ -148,7 +148,7 @@ class _Descent:
         if counts:
             for strategy, parallel in itertools.product(space.strategies(mesh), space.sequence_parallel(mesh)):
                 layout = _varied(mesh, strategy=strategy, sequence_parallel=parallel)
-                yield self._begun(layout, space.remats(), counts)
+                yield self._begun(layout, space.remats(mesh), counts)
 
     def _continue(self, node: _Node) -> Iterator[_Node]:
         layout, remats, counts = node.layout, node.remats, node.microbatches
@@ -200,11 +200,15 @@ class _Descent:
         return rest
 
     def _least_memory(self, layout: Layout, remats: tuple[Remat, ...], counts: tuple[int, ...]) -> int:
+        return min(self._least_memories(layout, remats, counts))
+
+    def _least_memories(self, layout: Layout, remats: tuple[Remat, ...], counts: tuple[int, ...]) -> Iterator[int]:
+        """Of which the least is that of `_least_memory`."""
         everything = self.space.offloads()[-1]
-        return min(
-            self._memory(self._plainest(layout, remats[-1], count, everything)).total
-            for count in {counts[0], counts[-1]}
-        )
+        # Of a stage with few layers its input and those of its layers, once, may be more than the layers' in flight.
+        for remat in remats[-2:] if remats[-1] == "stage" else remats[-1:]:
+            for count in {counts[0], counts[-1]}:
+                yield self._memory(self._plainest(layout, remat, count, everything)).total
 
     def _plainest(self, layout: Layout, remat: Remat, count: int, offload: tuple[Offloaded, ...] = ()) -> Layout:
         schedule, chunks = self.space.schedules(layout, count)[0]
@@ -215,8 +219,12 @@ class _Descent:
         """Whether the device may hold it. The host is asked about whole layouts only: saving fills its memory."""
         if not self.bounded:
             return True
-        least = self._least_memory(node.layout, node.remats, node.microbatches)
-        return self._fits(node.layout, least - self.space.cluster.hardware.usable)
+        usable, least = self.space.cluster.hardware.usable, math.inf
+        for held in self._least_memories(node.layout, node.remats, node.microbatches):
+            if held <= usable:
+                return True
+            least = min(least, held)
+        return self._fits(node.layout, int(least) - usable)
 
     def _fits(self, layout: Layout, lacking: int) -> bool:
         """Whether nothing is lacking. Remembers the least that each mesh lacked."""
@@ -265,7 +273,7 @@ class _Descent:
             room = f"{gib(hardware.host_memory_per_device)} of the host's memory that a device may take"
             return f"needs {gib(lacking)} more than the {room}"
         device = f"{gib(hardware.memory)} device, {gib(hardware.usable)} of it usable, can hold"
-        means = [("recomputed", self.space.remats()), ("offloaded", self.space.offloads())]
+        means = [("recomputed", self.space.remats(layout)), ("offloaded", self.space.offloads())]
         used = " and ".join(word for word, choices in means if len(choices) > 1)
         return f"needs {gib(lacking)} more than the {device}" + (f", however much is {used}" if used else "")
 

@@ -48,6 +48,7 @@ _REMAT = {
     "none": "all activations are kept for the backward pass",
     "dots": "the results of matmuls are kept for the backward pass and the rest recomputed",
     "full": "activations are recomputed in the backward pass",
+    "stage": "each stage keeps its input alone and is run again before the backward pass",
 }
 
 

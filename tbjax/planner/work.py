@@ -7,6 +7,7 @@ is `cost`'s business. What is recomputed in the backward pass follows the remat 
     none   nothing: every intermediate is kept
     dots   the attention and all that is not a product against weights, whose results are kept
     full   the layer, from its input
+    stage  of a pipeline, the stage from its input, and then each of its layers as under "full"
 
 Under "full" a compiler drops what the backward pass does not ask for: the last product of the layer, whose result only
 the next layer needs. A hand-written checkpoint runs it all.
@@ -171,11 +172,24 @@ def backward(work: Work, attention: Attention) -> Work:
 
 def recomputed(work: Work, remat: Remat, *, prunes: bool) -> Work:
     """What of `work` the backward pass does again first."""
-    if remat == "full":
-        return work._replace(weights=work.weights[:-1]) if prunes else work
+    if remat in ("full", "stage"):
+        layer = work._replace(weights=work.weights[:-1]) if prunes else work
+        return layer if remat == "full" else _both(work, layer)
     if remat == "dots":
         return work._replace(weights=(), kernels=work.kernels - len(work.weights))
     return Work((), (), 0.0, 0.0, 0)
+
+
+def _both(first: Work, second: Work) -> Work:
+    """One after the other."""
+    return Work(
+        first.weights + second.weights,
+        first.scores + second.scores,
+        first.scores_moved + second.scores_moved,
+        first.moved + second.moved,
+        first.kernels + second.kernels,
+        first.experts + second.experts,
+    )
 
 
 def layer(

@@ -17,7 +17,7 @@ Task: TypeAlias = Literal["train", "inference"]
 Optimizer: TypeAlias = Literal["adamw", "adafactor", "sgd", "lion", "muon"]
 Precision: TypeAlias = Literal["mixed", "bfloat16", "float32"]
 Quantization: TypeAlias = Literal["int8", "int4"]
-Remat: TypeAlias = Literal["none", "dots", "full"]
+Remat: TypeAlias = Literal["none", "dots", "full", "stage"]  # "stage": of a pipeline stage its input alone
 Schedule: TypeAlias = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"]
 Offloaded: TypeAlias = Literal["optimizer", "activations"]
 
@@ -105,6 +105,8 @@ class Layout:
         _one_of("Layout", "schedule", self.schedule, get_args(Schedule))
         for name in self.offload:
             _one_of("Layout", "offload", name, get_args(Offloaded))
+        if self.remat == "stage" and self.pp == 1:
+            raise ValueError("remat='stage' keeps the input of a pipeline stage, and pp=1 has none: 'full' would do.")
 
     @property
     def mesh(self) -> Mapping[str, int]:

@@ -157,6 +157,13 @@ def test_recomputing_more_takes_longer():
     times = [training(fsdp=64, remat=remat).total for remat in ("none", "dots", "full")]
     assert times == sorted(times)
     assert times[0] < times[2]
+    # A stage that is run again before its layers are takes a forward pass more than the four of "full".
+    small = dataclasses.replace(LLAMA, vocab_size=128)  # of the head nothing is run again
+    layers, stage = (
+        training(config=small, pp=8, fsdp=8, microbatches=16, remat=remat).parts["matmul"]
+        for remat in ("full", "stage")
+    )
+    assert stage / layers == pytest.approx(5 / 4, rel=0.02)
 
 
 def test_microbatches_cost_time_except_for_the_bubble():

@@ -139,6 +139,18 @@ def test_what_is_in_flight_is_what_the_executor_has_slots_for(name, stages: int,
     grid = lay_out(schedule, stages, microbatches, saves=True)
     assert activations_in_flight(name, stages, microbatches, schedule.chunks) * schedule.chunks == grid.kept_slots
     assert arrivals_in_flight(name, stages, microbatches) >= grid.slots
+    waiting = lay_out(schedule, stages, microbatches, saves=False)
+    room = arrivals_in_flight(name, stages, microbatches, schedule.chunks, waiting=True)
+    assert waiting.slots <= room <= waiting.slots + 2
+
+
+def test_a_stage_that_keeps_its_input_alone_holds_less_than_one_that_keeps_its_layers() -> None:
+    layout = Layout(pp=4, fsdp=2, microbatches=16)
+    full, stage = (held(layout=dataclasses.replace(layout, remat=remat)) for remat in ("full", "stage"))
+    assert stage.parts["saved activations"] == pytest.approx(full.parts["saved activations"] / 4, rel=1e-6)
+    assert stage.total < full.total
+    with pytest.raises(ValueError, match="pp=1 has none"):
+        Layout(remat="stage")
 
 
 def test_interleaving_holds_a_little_more() -> None:

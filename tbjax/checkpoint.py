@@ -7,8 +7,9 @@ have stood there:
     about/        JSON: the `ModelConfig`, and the companions: small text files that travel with the weights unread
                   (a caller's tokenizer, say)
 
-The arrays' names and shapes do not depend on the mesh, so that a checkpoint is restored onto any other one: `restore`
-takes the abstract model of the mesh it is to live on, and reads from the files what those shards need.
+The arrays' names and shapes do not depend on the mesh (stacks have the layers in their own order, see `tbjax.rows`), so
+that a checkpoint is restored onto any other one: `restore` takes the abstract model of the mesh it is to live on, and
+reads from the files what those shards need.
 
     save(model, "run/final")
     about = read_about("run/final")
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from tbjax import rows
 from tbjax.config import LayerKind, ModelConfig, MoE, Rope
 from tbjax.dtypes import narrows
 from tbjax.folders import check_free, in_first_process, put
@@ -68,7 +70,7 @@ def save(model: Any, path: str | Path, *, companions: Mapping[str, str] | None =
         "config": dataclasses.asdict(model.config),
         "companions": dict(companions or {}),
     }
-    arrays = _nested(_by_path(model))
+    arrays = _nested(rows.in_order(_by_path(model), model))
     items = ocp.args.Composite(parameters=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
     try:
         with _checkpointer() as checkpointer:
@@ -86,13 +88,16 @@ def restore(abstract_model: Module, path: str | Path) -> Module:
     """
     path = _local(path)
     stored = read_about(path).parameters
-    wanted = _by_path(abstract_model)
+    of: Any = abstract_model
+    laid = _by_path(abstract_model)
+    wanted = rows.in_order(laid, of)
     _check(stored, wanted, path)
     with _checkpointer() as checkpointer:
         arguments = ocp.args.Composite(parameters=ocp.args.StandardRestore(_nested(wanted)))
         restored = checkpointer.restore(path, args=arguments).parameters
     arrays = {name: _at(restored, name) for name in wanted}
     _check_range({name: array for name, array in arrays.items() if narrows(stored[name].dtype, array.dtype)}, path)
+    arrays = rows.on_stages(arrays, laid, of)
     return jax.tree.unflatten(jax.tree.structure(abstract_model), list(arrays.values()))
 
 

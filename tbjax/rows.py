@@ -1,0 +1,80 @@
+"""Stacks of layers between the order of a pipeline's stages (`tbjax.cut`) and the layers' own, which is that on disk.
+
+On its way a stack lies cut over pp in another dimension than that of its layers. Every device then has a part of every
+layer, can put them in whatever order, and the number of layers need not divide: one exchange between the stages, and
+never more on a device than its share.
+
+What is given and taken is by path, as a checkpoint has it: parameters, or an optimizer's arrays that have their shapes.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tbjax.cut import HOLE, Cut
+from tbjax.model import Decoder
+
+
+def in_order(arrays: Mapping[str, Any], model: Decoder) -> dict[str, Any]:
+    """Arrays (or their shapes, with shardings) as they lie on the stages, with stacks in the layers' order."""
+    found = dict(arrays)
+    for path, array in arrays.items():
+        cut = _cut(path, model)
+        if cut is not None and array.ndim and array.shape[0] == cut.stages * cut.rows:
+            shape, between = (cut.repeats, *array.shape[1:]), _across(array)
+            if isinstance(array, jax.ShapeDtypeStruct):
+                found[path] = jax.ShapeDtypeStruct(shape, array.dtype, sharding=between)
+            else:
+                found[path] = _taker(cut.places, between, between)(array)
+    return found
+
+
+def on_stages(arrays: Mapping[str, jax.Array], wanted: Mapping[str, Any], model: Decoder) -> dict[str, jax.Array]:
+    """And back: `wanted` are the arrays, or their shapes with shardings, that `in_order` was or would be given."""
+    found = dict(arrays)
+    for path, array in arrays.items():
+        cut = _cut(path, model)
+        if cut is not None and array.shape != wanted[path].shape:
+            found[path] = _taker(cut.order, _across(wanted[path]), wanted[path].sharding)(array)
+    return found
+
+
+def _cut(path: str, model: Decoder) -> Cut | None:
+    """How the stack at a path lies; None if in order, or if there is no stack."""
+    if not path.startswith("stacks."):
+        return None
+    cut = model.sharding.stack(model.config.groups[int(path.split(".")[1])].repeats)
+    return None if cut.plain else cut
+
+
+def _across(array: Any) -> NamedSharding:
+    """How a stack lies between the orders: no longer cut by layers, but in the first dimension that pp divides."""
+    sharding = cast(NamedSharding, array.sharding)
+    spec = [*sharding.spec, *[None] * (array.ndim - len(sharding.spec))]
+    spec[0] = None
+    for dim in range(1, array.ndim):
+        axes = (spec[dim],) if isinstance(spec[dim], str) else tuple(spec[dim] or ())
+        degree = int(np.prod([sharding.mesh.shape[axis] for axis in (*axes, "pp")]))
+        if array.shape[dim] % degree == 0:
+            spec[dim] = (*axes, "pp")
+            break
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+@functools.cache
+def _taker(rows: tuple[int, ...], between: NamedSharding, after: NamedSharding) -> Any:
+    """A function that takes these rows of a stack; a HOLE is zeros."""
+
+    def take(stack: jax.Array) -> jax.Array:
+        stack = jax.lax.with_sharding_constraint(stack, between)[np.maximum(rows, 0)]
+        if HOLE in rows:
+            there = (np.asarray(rows) != HOLE).reshape(-1, *[1] * (stack.ndim - 1))
+            stack = jnp.where(there, stack, jnp.zeros_like(stack))
+        return jax.lax.with_sharding_constraint(stack, between)
+
+    return jax.jit(take, out_shardings=after)

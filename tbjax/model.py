@@ -20,10 +20,11 @@ from jax.sharding import Mesh
 
 from tbjax.config import LayerKind, ModelConfig
 from tbjax.cut import HOLE
-from tbjax.layers import rope
+from tbjax.layers import context, rope
 from tbjax.layers.attend import Keys
 from tbjax.layers.attention import Attention
 from tbjax.layers.cache import KVCache
+from tbjax.layers.context import CutKeys
 from tbjax.layers.embedding import TensorParallelEmbedding
 from tbjax.layers.linear import as_sharding
 from tbjax.layers.mlp import MLP
@@ -54,7 +55,7 @@ class Hidden(NamedTuple):
 class Surroundings(NamedTuple):
     """What every layer has to know of the tokens."""
 
-    keys: Keys
+    keys: Keys | CutKeys
     valid: jax.Array  # [B, S] marks real tokens
     angles: Angles
     window_angles: Angles  # of layers with a window
@@ -78,7 +79,7 @@ class Block(nnx.Module):
         self.mlp_post_norm = make(after)
 
     def __call__(
-        self, x: jax.Array, keys: Keys, angles: Angles, valid: jax.Array, cache: Any = None
+        self, x: jax.Array, keys: Keys | CutKeys, angles: Angles, valid: jax.Array, cache: Any = None
     ) -> tuple[jax.Array, Any, RouterLoad | None]:
         """The next residual stream, the layer's cache, the load of its experts. `valid` [B, S] marks real tokens."""
         normed = self._apply(self.attention_norm, x)
@@ -184,14 +185,20 @@ class Decoder(nnx.Module):
         segments: jax.Array | None = None,
         dtype: Any = None,
         remat: Remat | None = None,
+        ring_order: bool = False,
     ) -> Hidden:
         """Everything but the head. With a cache, `tokens` follow those that it holds.
 
         `dtype` is that of the matmuls and activations (default: the parameters'). `remat` is for training: what the
-        backward pass computes again rather than keeps, see `tbjax.remat`.
+        backward pass computes again rather than keeps, see `tbjax.remat`. `ring_order` leaves the states in the order
+        in which cp cuts the sequence (`tbjax.layers.context`): for a loss, which does not care, and then not the
+        tokens' own.
         """
+        if ring_order:
+            context.check(self.sharding, jnp.shape(tokens)[1])
         around = self.surroundings(tokens, attention_mask, positions, cache, segments=segments)
-        x = self.start(tokens, dtype)
+        cut = isinstance(around.keys, CutKeys)
+        x = self.start(context.to_ring_order(tokens, self.sharding) if cut else tokens, dtype)
         loads, layers = [], []
         for group, stack in enumerate(self.stacks):
             old = None if cache is None else cache.layers[group]
@@ -200,7 +207,10 @@ class Decoder(nnx.Module):
             loads += load
         if cache is not None:
             cache = KVCache(layers, cast(jax.Array, around.keys.valid), cache.length + x.shape[1])
-        return Hidden(self.final_norm(x), cache, auxiliary_loss(loads))
+        states = self.final_norm(x)
+        if cut and not ring_order:
+            states = context.to_natural_order(states, self.sharding)
+        return Hidden(states, cache, auxiliary_loss(loads))
 
     def start(self, tokens: jax.Array, dtype: Any = None) -> jax.Array:
         """What the first layer gets."""
@@ -217,8 +227,12 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         *,
         segments: jax.Array | None = None,
+        ring_order: bool = False,
     ) -> Surroundings:
-        """What the layers have to know of `tokens`, having checked them."""
+        """What the layers have to know of `tokens`, having checked them.
+
+        Over cp it is laid in ring order; with `ring_order`, the arguments already are (`context.arranged`).
+        """
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers [batch, sequence], not {tokens.dtype}{list(tokens.shape)}.")
@@ -235,20 +249,36 @@ class Decoder(nnx.Module):
             if not jnp.issubdtype(segments.dtype, jnp.integer):
                 raise ValueError(f"segments must be integers (0 for padding), not {segments.dtype}.")
             valid &= segments != 0
+        cut = cache is None and context.cuts(self.sharding, tokens.shape[1])
         slots = jnp.arange(tokens.shape[1])
         known = valid
         if cache is not None:
             slots = slots + cache.length
             known = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, cache.length, axis=1)
         whole = attention_mask is None and cache is None
+        config, lengths = self.config, None
+        if cut and ring_order:
+            context.check_arranged(config, attention_mask, positions, segments)
+            slots = jnp.asarray(context.ring_order(tokens.shape[1], self.sharding.size("cp")))
+            counted = jnp.broadcast_to(slots, tokens.shape) if segments is None else jnp.asarray(positions)
+        elif segments is None:
+            counted = jnp.maximum(jnp.cumsum(known, axis=1) - 1, 0) * known
+        else:
+            counted, lengths = rope.within(segments), rope.lengths_within(segments)
         # Of documents, padding is one more: it needs no mask of its own.
-        counted = jnp.maximum(jnp.cumsum(known, axis=1) - 1, 0) * known if segments is None else within(segments)
-        keys = Keys(slots, None if whole else known, counted, segments)
+        keys: Keys | CutKeys = Keys(slots, None if whole else known, counted, segments)
         if positions is None:
             positions = jnp.broadcast_to(slots, tokens.shape) if segments is None else counted
-        positions = jnp.asarray(positions)
-        config = self.config
-        turn = lambda table: None if table is None else rope.angles(table, config.head_dim, positions)  # noqa: E731
+        places = jnp.asarray(positions)
+        if cut:
+            keys = CutKeys(keys.valid, counted, segments)
+        if cut and not ring_order:
+            lay = partial(context.to_ring_order, sharding=self.sharding)
+            keys, valid, places, lengths = jax.tree.map(lay, (keys, valid, places, lengths))
+
+        def turn(table: rope.Rope | None) -> Angles:
+            return None if table is None else rope.angles(table, config.head_dim, places, lengths)
+
         angles = turn(config.rope)
         return Surroundings(keys, valid, angles, angles if config.window_rope is None else turn(config.window_rope))
 
@@ -314,13 +344,6 @@ class Decoder(nnx.Module):
 def _with_holes(rows: np.ndarray, stack: jax.Array) -> jax.Array:
     """The stack with zeros in the rows that stand for no layer."""
     return jnp.where((rows != HOLE).reshape(-1, *[1] * (stack.ndim - 1)), stack, 0)
-
-
-def within(segments: jax.Array) -> jax.Array:
-    """The place of each token [B, S] in its document: a run of equal segments."""
-    slots = jnp.arange(segments.shape[1])
-    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return slots - jax.lax.cummax(jnp.where(starts, slots, 0), axis=1)
 
 
 def _truths(mask: Any) -> jax.Array:

@@ -15,7 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,7 @@ DATA_AXES = ("fsdp", "ep")
 NOTABLE_SHARE = 0.02
 
 Dims = tuple[str | None, ...]
+ContextMethod: TypeAlias = Literal["ring", "gather"]
 Module = TypeVar("Module")
 
 
@@ -121,9 +122,13 @@ class Sharding:
     strategy: ShardingStrategy = ShardingStrategy.FULL_SHARD
     sequence_parallel: bool = False  # Megatron's: norms and residuals are cut over tp along the sequence
     cut: Cut | None = None  # how stacks of layers lie over pp; None: in order, as evenly as can be
+    context: ContextMethod | None = None  # how keys get to queries over cp (`tbjax.layers.context`); None: what serves
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strategy", ShardingStrategy(self.strategy))
+        if self.context not in (None, *get_args(ContextMethod)):
+            known = ", ".join(map(repr, get_args(ContextMethod)))
+            raise ValueError(f"context={self.context!r} is unknown: tbjax knows {known}.")
         if self.cut is not None and self.cut.stages != self.size("pp"):
             raise ValueError(f"the cut is for pp={self.cut.stages}, but the mesh has pp={self.size('pp')}.")
 

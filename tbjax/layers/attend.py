@@ -14,7 +14,7 @@ B batch, S queries, T keys, K key-value heads, G queries per key-value head, N h
 import dataclasses
 import math
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from tbjax.sharding import Sharding
 
 Implementation: TypeAlias = Literal["plain", "blockwise", "cudnn"]
+Arrays = TypeVar("Arrays")
 
 # A masked score: finite, so that a row which may attend to nothing (left padding) stays finite too.
 MASKED = -1e30
@@ -150,8 +151,8 @@ def _blockwise(
     def step(_: None, queries: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         return None, _block(scoring, queries[0], key, value, keys._replace(query_slots=queries[1]))
 
-    _, out = jax.lax.scan(step, None, _split(block, query, keys.query_slots))
-    return _joined(out, query.shape[1])
+    _, out = jax.lax.scan(step, None, in_blocks(block, (query, keys.query_slots)))
+    return joined(out, query.shape[1])
 
 
 def _blockwise_forward(
@@ -175,9 +176,9 @@ def _blockwise_backward(scoring: Scoring, block: int, kept: Any, of_out: jax.Arr
         return *pull(of_out), None
     # Summed over the blocks in float32, whatever the precision of keys and values.
     zeros = tuple(jnp.zeros_like(a, jnp.float32) for a in (key, value))
-    queries = _split(block, query, keys.query_slots, of_out)
+    queries = in_blocks(block, (query, keys.query_slots, of_out))
     (of_key, of_value), of_query = jax.lax.scan(step, zeros, queries)
-    return _joined(of_query, query.shape[1]), of_key.astype(key.dtype), of_value.astype(value.dtype), None
+    return joined(of_query, query.shape[1]), of_key.astype(key.dtype), of_value.astype(value.dtype), None
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
@@ -189,7 +190,7 @@ def _block(scoring: Scoring, query: jax.Array, key: jax.Array, value: jax.Array,
     if scoring.softcap is not None:
         scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
     if scoring.slopes is not None:
-        scores = scores + scoring.scale * _alibi(scoring.slopes, keys.positions)
+        scores = scores + scoring.scale * alibi(scoring.slopes, keys.positions)
     scores = jnp.where(_visible(scoring, keys, key.shape[1]), scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bkgqt,btkn->bqkgn", weights, value)
@@ -207,24 +208,25 @@ def _visible(scoring: Scoring, keys: Keys, count: int) -> jax.Array:
     return visible[:, None, None]
 
 
-def _alibi(slopes: tuple[tuple[float, ...], ...], positions: jax.Array) -> jax.Array:
-    """[B, K, G, 1, T]: each head's slope times the key's position, rounded to bfloat16 as Falcon was trained."""
+def alibi(slopes: Any, positions: jax.Array) -> jax.Array:
+    """[B, K, G, 1, T]: each head's slope [K, G] times the key's position, rounded to bfloat16 as Falcon was trained."""
     bias = jnp.asarray(slopes, jnp.bfloat16)[..., None] * positions.astype(jnp.bfloat16)[:, None, None]
     return bias[:, :, :, None].astype(jnp.float32)
 
 
-def _split(block: int, *arrays: jax.Array) -> Any:
-    """[B, S, ...] or [S] as [blocks, B, Q, ...] or [blocks, Q]; what is missing in the last block is zeros."""
-    result = []
-    for a in arrays:
+def in_blocks(block: int, arrays: Arrays) -> Arrays:
+    """Each [B, S, ...] or [S] as [blocks, B, Q, ...] or [blocks, Q]; what is missing in the last block is zeros."""
+
+    def split(a: jax.Array) -> jax.Array:
         axis = min(1, a.ndim - 1)
         a = jnp.pad(a, [(0, -a.shape[axis] % block if i == axis else 0) for i in range(a.ndim)])
         shape = (*a.shape[:axis], -1, block, *a.shape[axis + 1 :])
-        result.append(jnp.moveaxis(a.reshape(shape), axis, 0))
-    return tuple(result)
+        return jnp.moveaxis(a.reshape(shape), axis, 0)
+
+    return jax.tree.map(split, arrays)
 
 
-def _joined(blocks: jax.Array, queries: int) -> jax.Array:
+def joined(blocks: jax.Array, queries: int) -> jax.Array:
     """[blocks, B, Q, ...] as [B, S, ...]"""
     a = jnp.moveaxis(blocks, 0, 1)
     return a.reshape(a.shape[0], -1, *a.shape[3:])[:, :queries]

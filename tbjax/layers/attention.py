@@ -19,6 +19,7 @@ from flax import nnx
 
 from tbjax.config import LayerKind, ModelConfig
 from tbjax.layers.attend import Keys, Scoring, attend
+from tbjax.layers.context import CutKeys, attend_over_context
 from tbjax.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tbjax.layers.norm import RMSNorm
 from tbjax.layers.rope import rotate
@@ -99,7 +100,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        keys: Keys,
+        keys: Keys | CutKeys,
         angles: tuple[jax.Array, jax.Array] | None,
         cache: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
@@ -112,13 +113,18 @@ class Attention(nnx.Module):
             query, key = self._norm(query, key)
         if angles is not None:
             query, key = rotate(query, *angles), rotate(key, *angles)
-        query = self._over_heads(self.layout.spread_queries(query))
-        key, value = (self._over_heads(self.layout.spread_keys(a)) for a in (key, value))
-        if cache is not None:
-            first = keys.query_slots[0]
-            key, value = cache = (_write(cache[0], key, first), _write(cache[1], value, first))
-        out = attend(query, key, value, keys, self._scoring(), self.sharding)
-        out = self.layout.collect(self._over_heads(out))
+        # Only where attention takes it in parts does the sequence stay cut.
+        sequence = "sequence" if isinstance(keys, CutKeys) else None
+        query = self._over_heads(self.layout.spread_queries(query), sequence)
+        key, value = (self._over_heads(self.layout.spread_keys(a), sequence) for a in (key, value))
+        if isinstance(keys, CutKeys):
+            out = attend_over_context(query, key, value, keys, self._scoring(), self.sharding)
+        else:
+            if cache is not None:
+                first = keys.query_slots[0]
+                key, value = cache = (_write(cache[0], key, first), _write(cache[1], value, first))
+            out = attend(query, key, value, keys, self._scoring(), self.sharding)
+        out = self.layout.collect(self._over_heads(out, sequence))
         return self.output(out.reshape(*out.shape[:2], -1)), cache
 
     def _norm(self, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -140,8 +146,8 @@ class Attention(nnx.Module):
             slopes=slopes,
         )
 
-    def _over_heads(self, a: jax.Array) -> jax.Array:
-        return self.sharding.constrain(a, "batch", None, "kv_heads", *[None] * (a.ndim - 3))
+    def _over_heads(self, a: jax.Array, sequence: str | None) -> jax.Array:
+        return self.sharding.constrain(a, "batch", sequence, "kv_heads", *[None] * (a.ndim - 3))
 
 
 def alibi_slopes(heads: int) -> list[float]:

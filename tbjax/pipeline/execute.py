@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from tbjax.cut import Cut
+from tbjax.layers.context import arranged, to_natural_order
 from tbjax.model import Decoder, Hidden
 from tbjax.pipeline.exchange import Exchange, route, table
 from tbjax.pipeline.graph import NONE
@@ -72,7 +73,8 @@ def pipelined_hidden(
     grid = lay_out(schedule, run.stages, microbatches)
     parts = _microbatches(batch, microbatches, model)
     out = _over_stages(partial(_infer, grid=grid), model, stored, run, grid, parts, dtype, PartitionSpec())
-    return finish(model, out._replace(x=out.x.swapaxes(0, 1).reshape(-1, *out.x.shape[2:])))
+    x = out.x.swapaxes(0, 1).reshape(-1, *out.x.shape[2:])
+    return finish(model, out._replace(x=to_natural_order(x, model.sharding)))
 
 
 def _microbatches(batch: Any, microbatches: int, model: Decoder) -> Any:
@@ -83,6 +85,7 @@ def _microbatches(batch: Any, microbatches: int, model: Decoder) -> Any:
             f"a batch of {rows} sequences does not divide over dp*fsdp*ep={ways} devices in {microbatches} "
             "microbatches."
         )
+    batch = arranged(batch, model.sharding)
     return jax.tree.map(lambda a: jnp.asarray(a).reshape(-1, microbatches, *a.shape[1:]).swapaxes(0, 1), batch)
 
 

@@ -115,7 +115,8 @@ class Stage:
         return payload._replace(x=self.model.sharding.residual(payload.x))
 
     def around(self, part: Tokens) -> Surroundings:
-        return self.model.surroundings(part.tokens, part.mask, part.positions, segments=part.segments)
+        given = part.tokens, part.mask, part.positions
+        return self.model.surroundings(*given, segments=part.segments, ring_order=True)
 
     def arrive(self, cell: Cell, part: Tokens, payload: Payload) -> Payload:
         """What the piece that the cell names begins with: tokens for the first, otherwise what has arrived."""

@@ -1,4 +1,4 @@
-"""One step of training: a jitted function from (state, batch) to (state, metrics), on any mesh of pp, dp, fsdp, ep, tp.
+"""One step of training: a jitted function from (state, batch) to (state, metrics), on any mesh.
 
 Everything about where things lie is decided before the step exists: `abstract_state` says it for parameters and
 optimizer state, the strategy says it for gradients, and the step repeats it to the compiler wherever it might choose
@@ -22,6 +22,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tbjax.config import ModelConfig
+from tbjax.layers.context import to_ring_order
 from tbjax.model import Decoder, Hidden
 from tbjax.pipeline.execute import pipelined_gradients
 from tbjax.pipeline.schedule import OneFOneB, Schedule
@@ -77,7 +78,6 @@ def abstract_state(
     precision: Precision = "mixed",
 ) -> TrainState:
     """The shape, dtype and place of everything that a step holds on to; `optimizer` makes one for an abstract model."""
-    check_mesh(sharding)
     parameter_dtype, _ = _dtypes(precision)
     model = sharding.place(jax.eval_shape(lambda: Decoder(config, sharding, dtype=parameter_dtype)))
     state = place_state(jax.eval_shape(optimizer(model).init, as_dict(model)), model, sharding)
@@ -87,7 +87,6 @@ def abstract_state(
 
 def init_state(model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step, with the optimizer's born where it is to lie."""
-    check_mesh(model.sharding)
     values = as_dict(model)
     placed = place_state(jax.eval_shape(optimizer.init, values), model, model.sharding)
     state = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda a: a.sharding, placed))(values)
@@ -121,7 +120,6 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         model = state.model
-        check_mesh(model.sharding)
         batch = place_batch(batch, model.sharding)
         loss, gradients, targets = gradients_of(
             model, batch, dtype=dtype, remat=remat, microbatches=microbatches, schedule=schedule
@@ -198,8 +196,10 @@ def loss_of(
     model: Decoder, batch: Batch, targets: jax.Array, *, dtype: Any, remat: Remat | None, auxiliary: bool = True
 ) -> jax.Array:
     """The part of the loss that `batch` has in a whole of so many `targets`."""
-    hidden = model.hidden(batch.tokens, batch.mask, batch.positions, segments=batch.segments, dtype=dtype, remat=remat)
-    return loss_of_hidden(model, hidden, batch, targets, auxiliary=auxiliary)
+    given = batch.tokens, batch.mask, batch.positions
+    hidden = model.hidden(*given, segments=batch.segments, dtype=dtype, remat=remat, ring_order=True)
+    laid = batch._replace(targets=to_ring_order(batch.targets, model.sharding))
+    return loss_of_hidden(model, hidden, laid, targets, auxiliary=auxiliary)
 
 
 def loss_of_hidden(
@@ -215,15 +215,6 @@ def loss_of_hidden(
 
 def place_batch(batch: Batch, sharding: Sharding) -> Batch:
     return jax.tree.map(lambda a: sharding.constrain(a, "batch", "sequence"), batch)
-
-
-def check_mesh(sharding: Sharding) -> None:
-    """Refuse the axis that the step does not know."""
-    if sharding.size("cp") > 1:
-        raise NotImplementedError(
-            f"mesh axis 'cp' has size {sharding.size('cp')}, but the training step knows no context parallelism yet: "
-            "put those devices on pp, dp, fsdp, ep or tp."
-        )
 
 
 def _lay(values: Any, model: Decoder, cut: bool) -> Parameters:

@@ -32,6 +32,7 @@ from tbjax.layers.moe import MixtureOfExperts, RouterLoad
 from tbjax.layers.norm import LayerNorm, RMSNorm
 from tbjax.remat import Remat, rematerialised
 from tbjax.sharding import Sharding
+from tbjax.views import Layers
 
 Angles = tuple[jax.Array, jax.Array] | None
 
@@ -139,6 +140,11 @@ class Decoder(nnx.Module):
     @property
     def dtype(self) -> Any:
         return self.embedding.weight.dtype
+
+    @property
+    def layers(self) -> Layers:
+        """The layers one by one, to look at."""
+        return Layers(self)
 
     def __call__(
         self,

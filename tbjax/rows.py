@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tbjax.cut import HOLE, Cut
 from tbjax.model import Decoder
+from tbjax.sharding import Sharding, leaves
 
 
 def in_order(arrays: Mapping[str, Any], model: Decoder) -> dict[str, Any]:
@@ -42,6 +43,17 @@ def on_stages(arrays: Mapping[str, jax.Array], wanted: Mapping[str, Any], model:
         if cut is not None and array.shape != wanted[path].shape:
             found[path] = _taker(cut.order, _across(wanted[path]), wanted[path].sharding)(array)
     return found
+
+
+def moved(model: Decoder, sharding: Sharding) -> Decoder:
+    """A copy of the model that lies as `sharding` says, on other devices or over other stages."""
+    arrays = in_order(dict(zip((leaf.path for leaf in leaves(model)), jax.tree.leaves(model), strict=True)), model)
+    there = sharding.place(jax.eval_shape(lambda: Decoder(model.config, sharding, dtype=model.dtype, scan=model.scan)))
+    wanted = dict(zip(arrays, jax.tree.leaves(there), strict=True))
+    between = in_order(wanted, there)
+    arrays = {path: jax.device_put(array, between[path].sharding) for path, array in arrays.items()}
+    arrays = on_stages(arrays, wanted, there)
+    return jax.tree.unflatten(jax.tree.structure(there), list(arrays.values()))
 
 
 def _cut(path: str, model: Decoder) -> Cut | None:

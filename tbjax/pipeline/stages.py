@@ -10,12 +10,14 @@ of all layers together. Its gradient comes back in the same form.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from tbjax.config import ModelConfig
 from tbjax.cut import Cut, cut
 from tbjax.layers.moe import RouterLoad
 from tbjax.model import Decoder, Hidden, Surroundings, auxiliary_loss
@@ -52,6 +54,19 @@ class Weights(NamedTuple):
 
     layers: list[jax.Array]
     ends: list[jax.Array]
+
+
+def cut_for(
+    config: ModelConfig, schedule: Schedule | None, stages: int, counts: Sequence[int] | None = None
+) -> Cut | None:
+    """The cut under which `schedule` finds every layer where it runs it: for the `Sharding` that a model is made with.
+
+    `counts` are the layers of each piece (the model's repeats of its pattern, that is), by default as equal as can be.
+    None, the cut that a mesh has by itself, without stages or where the layers follow no single pattern.
+    """
+    if stages == 1 or len(config.groups) > 1:
+        return None
+    return cut(config.groups[0].repeats, stages, schedule, counts=counts)
 
 
 def cuts(model: Decoder, schedule: Schedule) -> tuple[Cut, Cut]:

@@ -24,6 +24,7 @@ from tbjax.config import ModelConfig
 from tbjax.mesh import make_mesh
 from tbjax.model import Decoder
 from tbjax.pipeline.schedule import named
+from tbjax.pipeline.stages import cut_for
 from tbjax.planner import hlo
 from tbjax.planner.compilers import Compiler, gpu_target
 from tbjax.planner.hardware import Cluster
@@ -66,7 +67,9 @@ def compile_case(case: Case) -> list[Program]:
     """Compile the programs of a case."""
     _check(case)
     mesh = make_mesh(case.layout.mesh, devices(case.cluster, case.compiler))
-    sharding = Sharding(mesh, case.layout.strategy, case.layout.sequence_parallel)
+    schedule = named(case.layout.schedule, case.layout.chunks) if case.workload.training else None
+    cut = cut_for(case.config, schedule, case.layout.pp)
+    sharding = Sharding(mesh, case.layout.strategy, case.layout.sequence_parallel, cut)
     if case.workload.training:
         return [_measure("step", _lower_step(case, sharding), case)[0]]
     return _compile_inference(case, sharding)

@@ -159,8 +159,10 @@ def test_held_out_documents_are_not_trained_on():
     assert sorted([*trained.tolist(), *evaluated.tolist()]) == sorted(np.concatenate(DOCUMENTS).tolist())
     again = dataset(batch_size=1).hold_out(0.2)[1]
     np.testing.assert_array_equal(again.documents, held.documents)
-    with pytest.raises(ValueError, match="both parts need a document"):
-        dataset().hold_out(0.001)
+    assert [len(part.documents) for part in dataset().hold_out(0.001)] == [29, 1]
+    for made, share in ((dataset(), 1.5), (data.tokens(DOCUMENTS[:1], seq_len=8, batch_size=1), 0.5)):
+        with pytest.raises(ValueError, match="both parts need a document"):
+            made.hold_out(share)
 
 
 def test_what_cannot_be_made_into_batches_is_refused():

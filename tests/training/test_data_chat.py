@@ -125,6 +125,8 @@ def test_what_the_template_does_not_take_is_named():
     strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('users begin') }}{% endif %}" + CHATML
     with pytest.raises(data.BadRecord, match="number 0: the chat template does not take it: users begin"):
         learned([{"messages": [SYSTEM, *TALK]}], strict)
+    with pytest.raises(data.BadRecord, match=r"number 0: .* marks nothing of it"):
+        learned([{"messages": TALK}], MARKED.replace("== 'assistant' %}", "== 'nobody' %}"))
     with pytest.raises(data.BadRecord, match="ends with the assistant, not with 'user'"):
         learned([{"messages": TALK[:3]}], learn="last")
     with pytest.raises(ValueError, match="learn='everything' is unknown"):

@@ -100,6 +100,8 @@ def test_tokens_come_from_files_of_every_form(tmp_path):
         assert ours.fingerprint == theirs.fingerprint
         assert isinstance(ours.shards[0].ids, np.memmap)
     assert data.load(tmp_path / "rows.npy", **SIZES).corpus.lengths.tolist() == [100, 100, 100]
+    wide = data.tokens(tmp_path / "wide.bin", vocabulary=100_000, **SIZES)
+    assert wide.corpus.fingerprint == theirs.fingerprint
     several = data.tokens([tmp_path / "a.npy", tmp_path / "a.bin"], **SIZES).corpus
     assert several.lengths.tolist() == [300, 300]
     assert several.read(310, 312).ids.tolist() == [11, 12]

@@ -62,7 +62,7 @@ class Chat:
         turns = [number for number in turns if number >= given][-1 if self._learn == "last" else 0 :]
         try:
             if self._learn == "completions" and not given and MARKED.search(self._template()):
-                return self._marked(messages, tools, place)
+                return self._marked(messages, tools, place, refusals)
             return self._by_turns(messages, turns, tools, place)
         except jinja2.TemplateError as error:
             refusals.refuse(place, f"the chat template does not take it: {error}", error)
@@ -77,15 +77,18 @@ class Chat:
             )
         return template if isinstance(template, str) else self._tokenizer.get_chat_template()
 
-    def _marked(self, messages: Sequence[Message], tools: Sequence[Any] | None, place: Place) -> Document:
+    def _marked(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, place: Place, refusals: Refusals
+    ) -> Document | None:
         out = self._tokenizer.apply_chat_template(
             list(messages), tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         learn = np.array(out["assistant_masks"], bool)
         if not learn.any():
-            raise ValueError(
-                f"{place}: the chat template has {{% generation %}}, but marks no token of this conversation."
+            refusals.refuse(
+                place, "the chat template's {% generation %} marks nothing of it, so nothing would be learned."
             )
+            return None
         return Document(np.array(out["input_ids"]), learn)
 
     def _by_turns(

@@ -129,8 +129,9 @@ def tokens(
     dtype: str | None = None,
     **options: Unpack[Options],
 ) -> Dataset:
-    """Token ids: `.npy` files, files of nothing but ids (`dtype`, or uint16), a folder of `write_tokens`, or arrays.
+    """Token ids: `.npy` files, files of nothing but ids, a folder of `write_tokens`, or arrays.
 
+    What a file of nothing but ids holds is `dtype`: uint16 by default, or uint32 where the vocabulary needs it.
     `end` is the id that ends a document (default: the tokenizer's, if one is given). Without it each file and each
     array is one document, and so is each row of an array [documents, tokens]. `vocabulary` (default: the tokenizer's)
     is what the ids must be less than.
@@ -284,7 +285,7 @@ def _corpus_of_ids(source: Any, vocabulary: int | None, end: int | None, dtype: 
     if isinstance(source, np.ndarray):
         arrays = [("array", source)]
     elif isinstance(source, str | Path) or isinstance(source[0], str | Path):
-        stored = np.dtype(dtype or np.uint16)
+        stored = np.dtype(dtype or (np.uint32 if (vocabulary or 0) > 2**16 else np.uint16))
         arrays = [(str(path), corpora.map_file(path, stored)) for path in sources.find(source, ENDINGS["tokens"])]
     else:
         arrays = [(f"array {number}", np.asarray(ids)) for number, ids in enumerate(source)]

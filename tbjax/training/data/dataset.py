@@ -107,13 +107,14 @@ class Dataset:
         return shared
 
     def hold_out(self, share: float) -> tuple[Self, Self]:
-        """Two data sets: all but a `share` of the documents, and those, drawn by the seed."""
-        count = round(share * len(self.documents))
-        if not 0 < count < len(self.documents):
+        """Two data sets: all but a `share` of the documents, and those, drawn by the seed (at least one)."""
+        if not 0 < share < 1 or len(self.documents) < 2:
             raise ValueError(
-                f"hold_out({share}) of {len(self.documents)} documents is {count}: both parts need a document. "
-                "(Token files have documents where end= names the token that ends one.)"
+                f"hold_out({share}) of {self.corpus.name} ({len(self.documents)} documents): a share is between 0 and "
+                "1, and both parts need a document. Text has more of them with documents='line' or 'paragraph', and a "
+                "file of tokens with end=, the token that ends one."
             )
+        count = min(max(1, round(share * len(self.documents))), len(self.documents) - 1)
         order = np.random.default_rng((self.seed, len(self.documents))).permutation(self.documents)
         return self._with(np.sort(order[count:])), self._with(np.sort(order[:count]))
 

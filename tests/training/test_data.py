@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tbjax.training import IGNORED, data
+from tests import processes
 from tests.training.vocabulary import byte_tokenizer
 
 DOCUMENTS = [
@@ -180,6 +181,28 @@ def test_what_cannot_be_made_into_batches_is_refused():
 
 def test_without_being_told_jax_says_which_process_this_is():
     equal(take(dataset(), 2), take(dataset().share(0, 1), 2))
+
+
+def test_real_processes_share_batches_and_one_goes_on_from_their_state():
+    script = """
+import itertools, json
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from tests.training.test_data import dataset
+made = dataset()
+where = NamedSharding(jax.make_mesh((2,), ("dp",)), PartitionSpec("dp"))
+batches = [jax.make_array_from_process_local_data(where, b.tokens, (4, 8)) for b in itertools.islice(made, 3)]
+whole = np.concatenate([multihost_utils.process_allgather(b, tiled=True) for b in batches])
+print(json.dumps([whole.tolist(), made.state()]))
+"""
+    (first, state), other = (json.loads(out.splitlines()[-1]) for out in processes.run(script, devices=1))
+    assert other == [first, state]
+    alone = dataset().share(0, 1)
+    np.testing.assert_array_equal(first, np.concatenate([batch.tokens for batch in take(alone, 3)]))
+    later = dataset().share(0, 1)
+    later.restore(state)
+    equal(take(later, 3), take(alone, 3))
 
 
 def test_fewer_rows_than_a_batch_are_repeated():

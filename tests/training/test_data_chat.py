@@ -1,10 +1,13 @@
 """Conversations: what the assistant says is learned, whatever the template; what it is asked is not."""
 
+import functools
 import importlib.util
 import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tbjax.training import IGNORED, data
 from tests.training.vocabulary import CHATML, byte_tokenizer
@@ -33,10 +36,13 @@ FORGETFUL = CHATML.replace(
 PROMPTING = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif")
 
 
+tokenizer_with = functools.cache(byte_tokenizer)
+
+
 def learned(source, template=CHATML, **options):
     """What is learned of each document, as texts."""
-    tokenizer = byte_tokenizer(template)
-    made = data.load(source, tokenizer, seq_len=128, batch_size=1, packing=None, shuffle=False, **options)
+    tokenizer = tokenizer_with(template)
+    made = data.load(source, tokenizer, seq_len=1024, batch_size=1, packing=None, shuffle=False, **options)
     targets = [made.rows[row].targets for row in range(len(made.rows))]
     return [tokenizer.decode(row[row != IGNORED]) for row in targets]
 
@@ -45,6 +51,15 @@ def test_all_that_the_assistant_says_is_learned():
     assert learned([{"messages": TALK}]) == ["Yes.<|im_end|>\nNo.<|im_end|>\n"]
     assert learned([{"messages": [SYSTEM, *TALK]}]) == ["Yes.<|im_end|>\nNo.<|im_end|>\n"]
     assert learned([{"talk": TALK}], messages="talk", learn="last") == ["No.<|im_end|>\n"]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.text(min_size=1, max_size=9), st.text(max_size=9)), min_size=1, max_size=4))
+def test_whatever_is_said_is_learned_and_nothing_else(turns):
+    talk = []
+    for asked, said in turns:
+        talk += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    assert learned([{"messages": talk}]) == ["".join(f"{said}<|im_end|>\n" for _, said in turns)]
 
 
 def test_the_whole_is_learned_where_asked():

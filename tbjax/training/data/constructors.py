@@ -158,7 +158,7 @@ def write_tokens(source: Any, tokenizer: Tokenizer, folder: str | Path, **option
 
 
 def python_topics() -> list[str]:
-    """A small text corpus that every CPython has: the reference that `help()` shows, about 70,000 words of English.
+    """A small text corpus that every CPython has: the reference that `help()` shows, about 65,000 words of English.
 
     Its 79 chapters (of Python 3.11; other versions differ a little) are under Python's own permissive licence (PSF).
     Good for examples and tests, where a corpus must not be fetched.

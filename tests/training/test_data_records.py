@@ -88,6 +88,17 @@ def test_a_pattern_takes_its_files_in_order(tmp_path, tokenizer):
     assert texts_of(data.load(f"{tmp_path}/**/*.txt", tokenizer, **SIZES), tokenizer) == ["a/1", "b/1", "b/2"]
 
 
+def test_of_a_table_only_the_columns_of_the_text_are_read(tmp_path, tokenizer):
+    table = pyarrow.table({"picture": [b"\x00"], "text": ["seen"], "title": ["also"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    made = datasets.Dataset(table).cast_column("picture", datasets.Image())  # which fails when it is decoded
+    for source in (tmp_path / "a.parquet", made):
+        assert texts_of(data.load(source, tokenizer, **SIZES), tokenizer) == ["seen"]
+        assert texts_of(data.load(source, tokenizer, field="title", **SIZES), tokenizer) == ["also"]
+    with pytest.raises(data.BadRecord, match=r"row 0: field 'body' is missing: there are 'picture', 'text', 'title'"):
+        data.load(tmp_path / "a.parquet", tokenizer, field="body", **SIZES)
+
+
 def test_tokens_come_from_files_of_every_form(tmp_path):
     ids = np.arange(1, 301)
     np.save(tmp_path / "a.npy", ids.astype(np.uint32))

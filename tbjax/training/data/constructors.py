@@ -13,6 +13,7 @@ is better written to a folder once (`write_tokens`) and mapped from there.
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, Unpack
 
@@ -25,7 +26,7 @@ from tbjax.training.data.corpus import Corpus, Document, Shard
 from tbjax.training.data.dataset import Dataset, Options
 from tbjax.training.data.encoder import Encoder, Tokenizer
 from tbjax.training.data.sources import Documents, OnBad, Paths, Place, Refusals
-from tbjax.training.data.text import Fields, documents_of
+from tbjax.training.data.text import Fields, columns, documents_of
 
 # What the files of each kind end in; compressed text and JSON lines end in .gz, .bz2 or .xz besides.
 ENDINGS: Mapping[str, Sequence[str]] = {
@@ -222,29 +223,36 @@ def _kind_by_ending(path: Path) -> str | None:
 # How the records of each kind are read, with the options that are its own.
 
 
-def _read_text(source: Paths, refusals: Refusals, documents: Documents = "file") -> Iterator[tuple[Place, Any]]:
+def _read_text(
+    source: Paths, fields: Fields, refusals: Refusals, documents: Documents = "file"
+) -> Iterator[tuple[Place, Any]]:
     return sources.text_records(sources.find(source, ENDINGS["text"]), documents, refusals)
 
 
-def _read_jsonl(source: Paths, refusals: Refusals) -> Iterator[tuple[Place, Any]]:
+def _read_jsonl(source: Paths, fields: Fields, refusals: Refusals) -> Iterator[tuple[Place, Any]]:
     return sources.json_records(sources.find(source, ENDINGS["jsonl"]), refusals)
 
 
-def _read_parquet(source: Paths, refusals: Refusals) -> Iterator[tuple[Place, Any]]:
-    return sources.parquet_records(sources.find(source, ENDINGS["parquet"]))
+def _read_parquet(source: Paths, fields: Fields, refusals: Refusals) -> Iterator[tuple[Place, Any]]:
+    return sources.parquet_records(sources.find(source, ENDINGS["parquet"]), partial(columns, fields))
 
 
-def _read_arrow(source: Paths, refusals: Refusals) -> Iterator[tuple[Place, Any]]:
-    return sources.arrow_records(sources.find(source, ENDINGS["arrow"]))
+def _read_arrow(source: Paths, fields: Fields, refusals: Refusals) -> Iterator[tuple[Place, Any]]:
+    return sources.arrow_records(sources.find(source, ENDINGS["arrow"]), partial(columns, fields))
 
 
 def _read_hugging_face(
-    source: Any, refusals: Refusals, split: str | None = None, config: str | None = None, revision: str | None = None
+    source: Any,
+    fields: Fields,
+    refusals: Refusals,
+    split: str | None = None,
+    config: str | None = None,
+    revision: str | None = None,
 ) -> Iterator[tuple[Place, Any]]:
-    return sources.hugging_face_records(source, split, config, revision)
+    return sources.hugging_face_records(source, split, config, revision, partial(columns, fields))
 
 
-def _read_list(source: Iterable[Any], refusals: Refusals) -> Iterator[tuple[Place, Any]]:
+def _read_list(source: Iterable[Any], fields: Fields, refusals: Refusals) -> Iterator[tuple[Place, Any]]:
     return ((Place("records", number, "number"), record) for number, record in enumerate(source))
 
 
@@ -275,7 +283,7 @@ def _documents(
     fields = Fields(named.pop("field", None), **named).checked()
     refusals = Refusals(rest.pop("on_bad", "error"))
     encoder, learn = Encoder(tokenizer), rest.pop("learn", "completions")
-    placed = read(source, refusals, **take(own))
+    placed = read(source, fields, refusals, **take(own))
     return documents_of(placed, encoder, fields, learn, refusals), encoder, refusals, rest
 
 

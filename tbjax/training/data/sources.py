@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 OnBad: TypeAlias = Literal["error", "skip"]
 Documents: TypeAlias = Literal["file", "line", "paragraph"]
 Paths: TypeAlias = str | Path | Sequence[str | Path]
+# Which of a table's columns to read: pictures beside the text need not be decoded.
+Choice: TypeAlias = Callable[[Sequence[str]], list[str]]
 
 COMPRESSED: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Windows' editors begin UTF-8 files with it
@@ -139,18 +141,18 @@ def json_records(paths: Iterable[Path], refusals: Refusals) -> Iterator[tuple[Pl
                 refusals.refuse(place, f"a record must be a JSON object, this is {_kind(record)}.")
 
 
-def parquet_records(paths: Iterable[Path]) -> Iterator[tuple[Place, dict[str, Any]]]:
-    """The rows of Parquet files, a row group's batch at a time."""
+def parquet_records(paths: Iterable[Path], choose: Choice = list) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """The rows of Parquet files, a batch of them at a time."""
     arrow = _pyarrow()
     for path in paths:
         try:
             with arrow.parquet.ParquetFile(path) as file:
-                yield from _rows(path, file.iter_batches())
+                yield from _rows(path, file.iter_batches(columns=choose(file.schema_arrow.names)))
         except arrow.ArrowException as error:
             raise BadRecord(f"{path}: it cannot be read as Parquet: {error}") from error
 
 
-def arrow_records(paths: Iterable[Path]) -> Iterator[tuple[Place, dict[str, Any]]]:
+def arrow_records(paths: Iterable[Path], choose: Choice = list) -> Iterator[tuple[Place, dict[str, Any]]]:
     """The rows of Arrow files, in either of the two forms: with an index at the end, or a stream."""
     arrow = _pyarrow()
     for path in paths:
@@ -162,13 +164,13 @@ def arrow_records(paths: Iterable[Path]) -> Iterator[tuple[Place, dict[str, Any]
                 except arrow.ArrowInvalid:
                     file.seek(0)
                     batches = arrow.ipc.open_stream(file)
-                yield from _rows(path, batches)
+                yield from _rows(path, (batch.select(choose(batch.schema.names)) for batch in batches))
         except arrow.ArrowException as error:
             raise BadRecord(f"{path}: it cannot be read as Arrow: {error}") from error
 
 
 def hugging_face_records(
-    source: Any, split: str | None, config: str | None, revision: str | None
+    source: Any, split: str | None, config: str | None, revision: str | None, choose: Choice = list
 ) -> Iterator[tuple[Place, dict[str, Any]]]:
     """The rows of a data set of the library `datasets`: one of its objects, a folder that it saved, or a hub name."""
     dataset, name = _hugging_face(source, split, config, revision)
@@ -179,6 +181,8 @@ def hugging_face_records(
         if split is not None and split not in dataset:
             raise ValueError(f"{name} has no split {split!r}: it has {splits}.")
         dataset = dataset[split] if split is not None else next(iter(dataset.values()))
+    if dataset.column_names:  # a streamed one may not know them
+        dataset = dataset.select_columns(choose(dataset.column_names))
     for number, record in enumerate(dataset):
         yield Place(name, number, "row"), cast(dict[str, Any], record)
 

@@ -1,7 +1,7 @@
 """From records to documents: which field of a record is learned, and how it becomes token ids."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from tbjax.training.data.chat import Chat, Learn, encodable
@@ -45,6 +45,16 @@ class Fields(NamedTuple):
         )
 
 
+def columns(fields: Fields, names: Sequence[str]) -> list[str]:
+    """Which of a table's columns are needed; all of them where that cannot be told, and is said by the first record."""
+    kinds = (fields,) if fields.names else USUAL
+    needed = next((kind.names for kind in kinds if set(kind.names) <= set(names)), names)
+    return [name for name in names if name in needed or name == TOOLS]
+
+
+# What the assistant may call, in a field of its own beside the messages.
+TOOLS = "tools"
+
 # In this order: what is a conversation may have a text beside it.
 USUAL = (Fields(messages="messages"), Fields(prompt="prompt", completion="completion"), Fields(text="text"))
 
@@ -87,7 +97,7 @@ def _conversations(
 ) -> Iterator[Document]:
     for place, record in records:
         if _has(record, name, place, refusals):
-            tools = record.get("tools") if isinstance(record.get("tools"), list) else None
+            tools = record.get(TOOLS) if isinstance(record.get(TOOLS), list) else None
             document = chat.conversation(record[name], place, refusals, tools=tools)
             if document is not None:
                 yield document

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,9 @@ from tbjax.config import ModelConfig
 from tbjax.dtypes import float_dtype
 from tbjax.mesh import MeshSpec, make_mesh
 from tbjax.model import Decoder
+from tbjax.pipeline import inference
+from tbjax.pipeline.schedule import Schedule, named
+from tbjax.pipeline.stages import cut_for
 from tbjax.planner.plan import Plan
 from tbjax.planning import plan as plan  # part of the face
 from tbjax.planning import settings_of
@@ -165,6 +168,8 @@ class CausalLM(Decoder):
 
 @jax.jit
 def _forward(model: Decoder, tokens: jax.Array, attention_mask: Any, positions: Any, segments: Any) -> jax.Array:
+    if inference.runs_in_stages(model):
+        return inference.logits(model, tokens, attention_mask, positions, segments)
     return model.forward(tokens, attention_mask, positions, segments=segments).logits
 
 
@@ -176,6 +181,8 @@ def load(
     revision: str | None = None,
     sharding: ShardingStrategy | str | None = None,
     sequence_parallel: bool | None = None,
+    schedule: Schedule | str | None = None,
+    stage_layers: Sequence[int] | None = None,
     scan: bool = True,
     trust_pickle: bool = False,
     budget: int = DEFAULT_BUDGET,
@@ -188,8 +195,18 @@ def load(
     says `sharding` (otherwise FULL_SHARD) and `sequence_parallel` (otherwise False) too. `dtype` defaults to
     what config.json says, or else to what most numbers of the checkpoint are stored in. Each process reads only what
     its own devices hold, with at most `budget` bytes of host memory in flight.
+
+    With pp, layers lie in order and as equally many on each stage as can be, unless `schedule` (a name such as "zb-v",
+    or a `tbjax.pipeline` schedule) says by which they will be trained, or `stage_layers` how many there are to be in
+    each piece of the model.
     """
-    layout = {"sharding": sharding, "sequence_parallel": sequence_parallel, "scan": scan}
+    layout = {
+        "sharding": sharding,
+        "sequence_parallel": sequence_parallel,
+        "schedule": schedule,
+        "stage_layers": stage_layers,
+        "scan": scan,
+    }
     if checkpoint.is_checkpoint(name_or_path):
         about = checkpoint.read_about(name_or_path)
         beside = companions.unpack(about.companions, str(name_or_path))
@@ -216,6 +233,8 @@ def from_config(
     dtype: Any = None,
     sharding: ShardingStrategy | str | None = None,
     sequence_parallel: bool | None = None,
+    schedule: Schedule | str | None = None,
+    stage_layers: Sequence[int] | None = None,
     scan: bool = True,
 ) -> CausalLM:
     """A model with random weights, born sharded and the same on every mesh.
@@ -229,6 +248,8 @@ def from_config(
     settings = {
         "sharding": sharding,
         "sequence_parallel": sequence_parallel,
+        "schedule": schedule,
+        "stage_layers": stage_layers,
         "scan": scan,
         "dtype": dtype,
         "origin": origin,
@@ -248,6 +269,8 @@ def abstract(
     origin: Origin | None = None,
     sharding: ShardingStrategy | str | None = None,
     sequence_parallel: bool | None = None,
+    schedule: Schedule | str | None = None,
+    stage_layers: Sequence[int] | None = None,
     scan: bool = True,
 ) -> CausalLM:
     """The model without its weights: shapes, dtypes and shardings, all checked against the mesh."""
@@ -257,6 +280,9 @@ def abstract(
         sharding, sequence_parallel = settings_of(plan, config, sharding, sequence_parallel)
     strategy = ShardingStrategy.FULL_SHARD if sharding is None else sharding
     layout = Sharding(make_mesh(mesh), ShardingStrategy(strategy), bool(sequence_parallel))
+    if schedule is not None or stage_layers is not None:
+        run_by = named(schedule) if isinstance(schedule, str) else schedule
+        layout = dataclasses.replace(layout, cut=cut_for(config, run_by, layout.size("pp"), stage_layers))
     make = functools.partial(CausalLM, config, layout, dtype=dtype, origin=origin, plan=plan, scan=scan)
     model = layout.place(jax.eval_shape(lambda key: make(key=key), jax.random.key(0)))
     for path, axes in layout.uncut(model).items():

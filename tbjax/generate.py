@@ -3,7 +3,8 @@
 Prompts of different lengths are padded on the left, so that every row ends in the same slot; padding is masked, so a
 row's tokens do not depend on its neighbours. A row that outgrows the trained length of a `longrope` model is read anew
 there, since from then on every key turns otherwise. Lengths are rounded up to buckets, so that a new length seldom
-compiles anew. The decode loop runs on the device until every row has ended: one dispatch for all tokens.
+compiles anew. The decode loop runs on the device until every row has ended: one dispatch for all tokens. A model that
+lies over pipeline stages has programs of its own for both (`tbjax.pipeline.inference`).
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import numpy as np
 from tbjax.config import ModelConfig
 from tbjax.layers.cache import KVCache, make_cache
 from tbjax.model import Decoder
+from tbjax.pipeline import inference
 
 # Prompt lengths and cache capacities are rounded up to a power of two no smaller than this.
 SMALLEST_BUCKET = 32
@@ -73,6 +75,8 @@ def _write(model: Decoder, prompts: Sequence[Sequence[int]], count: int, eos_tok
 
 @partial(jax.jit, static_argnames="capacity")
 def _prefill(model: Decoder, tokens: jax.Array, mask: jax.Array, capacity: int) -> tuple[jax.Array, KVCache | None]:
+    if inference.runs_in_stages(model):
+        return inference.prefill(model, tokens, mask, capacity)
     cache = make_cache(model.config, model.sharding, tokens.shape[0], capacity, model.dtype)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     hidden = model.hidden(tokens, mask, positions, cache)
@@ -85,6 +89,8 @@ def _decode(model: Decoder, first: jax.Array, cache: KVCache, eos: jax.Array, li
 
     The cache is given back, so that it can be written in place.
     """
+    if inference.runs_in_stages(model):
+        return inference.decode(model, first, cache, eos, limit, room)
 
     def unfinished(state: Any) -> jax.Array:
         written, _, _, done = state

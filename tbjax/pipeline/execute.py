@@ -79,12 +79,9 @@ def pipelined_hidden(
 
 def _microbatches(batch: Any, microbatches: int, model: Decoder) -> Any:
     """[B, S] as [M, B/M, S]. Row b goes to microbatch b % M, so a device's rows of each are rows that it has."""
-    rows, ways = batch.tokens.shape[0], model.sharding.size("dp", "fsdp", "ep")
-    if rows % (microbatches * ways):
-        raise ValueError(
-            f"a batch of {rows} sequences does not divide over dp*fsdp*ep={ways} devices in {microbatches} "
-            "microbatches."
-        )
+    rows = batch.tokens.shape[0]
+    if rows % microbatches:
+        raise ValueError(f"a batch of {rows} sequences does not divide into {microbatches} microbatches.")
     batch = arranged(batch, model.sharding)
     return jax.tree.map(lambda a: jnp.asarray(a).reshape(-1, microbatches, *a.shape[1:]).swapaxes(0, 1), batch)
 

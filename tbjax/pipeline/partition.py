@@ -30,6 +30,7 @@ class Layer:
     time: float
     memory: float = 0.0  # held at all times: weights, their gradients, optimizer state
     activations: float = 0.0  # held for each microbatch under way
+    block: bool = True  # one of the model's layers, rather than what stands before or after them
 
     def __post_init__(self) -> None:
         for field in ("time", "memory", "activations"):
@@ -58,6 +59,11 @@ class Partition:
     def counts(self) -> tuple[int, ...]:
         """How many layers each stage has."""
         return tuple(map(len, self.stages))
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """How many of the model's own layers each stage has: what `tbjax.load(..., stage_layers=...)` takes."""
+        return tuple(sum(layer.block for layer in stage) for stage in self.stages)
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -148,7 +154,7 @@ def model_layers(
     """
     tokens, table = seq_len * rows, config.padded_vocab * config.embed
     saved = float(tokens * config.embed * compute_bytes)
-    found = [Layer(name="embedding", time=0.0, memory=table * parameter_bytes)]
+    found = [Layer(name="embedding", time=0.0, memory=table * parameter_bytes, block=False)]
     for index, kind in enumerate(config.layer_kinds):
         active, parameters = _block_parameters(config, kind)
         reach = min(seq_len, kind.window or seq_len)
@@ -160,7 +166,8 @@ def model_layers(
             Layer(name=f"block {index}", time=tokens * flops, memory=parameters * parameter_bytes, activations=saved)
         )
     # A tied table is held by both ends of a pipeline.
-    found.append(Layer(name="head", time=tokens * 2.0 * table, memory=table * parameter_bytes, activations=saved))
+    head = tokens * 2.0 * table
+    found.append(Layer(name="head", time=head, memory=table * parameter_bytes, activations=saved, block=False))
     return tuple(found)
 
 

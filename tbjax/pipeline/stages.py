@@ -61,12 +61,19 @@ def cut_for(
 ) -> Cut | None:
     """The cut under which `schedule` finds every layer where it runs it: for the `Sharding` that a model is made with.
 
-    `counts` are the layers of each piece (the model's repeats of its pattern, that is), by default as equal as can be.
-    None, the cut that a mesh has by itself, without stages or where the layers follow no single pattern.
+    `counts` says how many layers each piece of the model has, in the model's order; by default as equal as can be. None
+    is the cut that a mesh has by itself: without stages, or where the layers follow no single pattern.
     """
-    if stages == 1 or len(config.groups) > 1:
+    group, *others = config.groups
+    if stages == 1 or others:
         return None
-    return cut(config.groups[0].repeats, stages, schedule, counts=counts)
+    width = len(group.pattern)
+    if counts is not None and any(count % width for count in counts):
+        raise ValueError(
+            f"pieces of {', '.join(map(str, counts))} layers: this model repeats a pattern of {width} layers, which "
+            f"no piece may break, so each has a multiple of {width}."
+        )
+    return cut(group.repeats, stages, schedule, counts=None if counts is None else [n // width for n in counts])
 
 
 def cuts(model: Decoder, schedule: Schedule) -> tuple[Cut, Cut]:

@@ -14,6 +14,7 @@ None of these imports JAX. What runs a schedule does:
     phases      a layer's computation taken apart: forward, input gradient, weight gradients
     stages      a decoder cut into pieces
     training    what a stage does in training
-    exchange    layers from where they are stored to the stages that run them
+    exchange    layers from where they are stored to the stages that run them, where those differ (see `tbjax.cut`)
     execute     the program: one scan over ticks for all stages
+    inference   the programs that read prompts and write tokens
 """

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from tbjax.config import LayerKind, ModelConfig
@@ -31,7 +32,7 @@ from tbjax.layers.mlp import MLP
 from tbjax.layers.moe import MixtureOfExperts, RouterLoad
 from tbjax.layers.norm import LayerNorm, RMSNorm
 from tbjax.remat import Remat, rematerialised
-from tbjax.sharding import Sharding
+from tbjax.sharding import Sharding, to_device
 from tbjax.views import Layers
 
 Angles = tuple[jax.Array, jax.Array] | None
@@ -83,9 +84,10 @@ class Block(nnx.Module):
         self, x: jax.Array, keys: Keys | CutKeys, angles: Angles, valid: jax.Array, cache: Any = None
     ) -> tuple[jax.Array, Any, RouterLoad | None]:
         """The next residual stream, the layer's cache, the load of its experts. `valid` [B, S] marks real tokens."""
+        x = checkpoint_name(x, "layer_input")
         normed = self._apply(self.attention_norm, x)
         attended, cache = self.attention(normed, keys, angles, cache)
-        attended = self._apply(self.attention_post_norm, attended)
+        attended = checkpoint_name(self._apply(self.attention_post_norm, attended), "attention")
         if self.config.block == "sequential":
             x = self.sharding.residual(x + attended)
             out, load = self._mlp(self._apply(self.mlp_norm, x), valid)
@@ -95,7 +97,7 @@ class Block(nnx.Module):
 
     def _mlp(self, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, RouterLoad | None]:
         out, load = self.mlp(x, valid) if isinstance(self.mlp, MixtureOfExperts) else (self.mlp(x), None)
-        return self._apply(self.mlp_post_norm, out), load
+        return checkpoint_name(self._apply(self.mlp_post_norm, out), "mlp"), load
 
     def _apply(self, norm: Any, x: jax.Array) -> jax.Array:
         return x if norm is None else norm(x)
@@ -190,7 +192,7 @@ class Decoder(nnx.Module):
         *,
         segments: jax.Array | None = None,
         dtype: Any = None,
-        remat: Remat | None = None,
+        remat: Remat | str | None = None,
         ring_order: bool = False,
     ) -> Hidden:
         """Everything but the head. With a cache, `tokens` follow those that it holds.
@@ -295,44 +297,61 @@ class Decoder(nnx.Module):
         x: jax.Array,
         around: Surroundings,
         cache: Any = None,
-        remat: Remat | None = None,
+        remats: Sequence[Remat] | None = None,
     ) -> tuple[jax.Array, Any, list[RouterLoad]]:
-        """One repeat of a group's pattern, of which `blocks` are the layers."""
-        apply = rematerialised(lambda block, *args: block(*args), remat)
+        """One repeat of a group's pattern, of which `blocks` are the layers and `remats` their policies."""
         new, loads = [], []
         for position, (block, kind) in enumerate(zip(blocks, self.config.groups[group].pattern, strict=True)):
             angles = around.window_angles if kind.window else around.angles
             old = None if cache is None else cache[position]
+            remat = None if remats is None else remats[position]
+            # Weights in the host's memory come here, and come again in the backward pass.
+            apply = rematerialised(lambda block, *args: to_device(block)(*args), remat)
             x, kv, load = apply(block, x, around.keys, angles, around.valid, old)
             new.append(kv)
             loads += [] if load is None else [load]
         return x, None if cache is None else new, loads
 
     def _run(
-        self, group: int, stack: Any, x: jax.Array, around: Surroundings, cache: Any, remat: Remat | None
+        self, group: int, stack: Any, x: jax.Array, around: Surroundings, cache: Any, remat: Remat | str | None
     ) -> tuple[jax.Array, Any, list[RouterLoad]]:
         """All repeats of one group."""
+        pattern, repeats, _ = self.config.groups[group]
+        # Layers that differ in what is kept of them are spelled out in the scan's body: `several` repeats at a time.
+        cycle = None if remat is None else Remat.parse(remat).cycle(repeats, len(pattern))
+        several = 1 if cycle is None else len(cycle) // len(pattern)
 
         # The cache is carried, not scanned over: what is carried is written where it lies, while what goes in layer by
         # layer and comes out layer by layer stands in memory twice.
         def once(
-            carry: tuple[jax.Array, Any], layer: tuple[Any, Any]
+            carry: tuple[jax.Array, Any], layer: tuple[Any, Any], remats: Sequence[Remat] | None = cycle
         ) -> tuple[tuple[jax.Array, Any], list[RouterLoad]]:
             (x, cache), (blocks, index) = carry, layer
             old = None if cache is None else jax.tree.map(lambda a: a[index], cache)
-            x, new, loads = self.repeat(group, blocks, x, around, old, remat)
+            x, new, loads = self.repeat(group, blocks, x, around, old, remats)
             if cache is not None:
                 cache = jax.tree.map(lambda a, b: self._kept(a.at[index].set(b)), cache, new)
             return (x, cache), loads
 
-        repeats = self.config.groups[group].repeats
+        def spelled_out(carry: tuple[jax.Array, Any], layers: Any) -> tuple[tuple[jax.Array, Any], list[RouterLoad]]:
+            loads: list[RouterLoad] = []
+            for n in range(several):
+                first = n * len(pattern)
+                layer = jax.tree.map(lambda a, n=n: a[n], layers)
+                carry, found = once(carry, layer, cycle and cycle[first : first + len(pattern)])
+                loads += found
+            return carry, loads
+
         xs = (self._in_order(list(stack), repeats), jnp.arange(repeats))
+        step = once
+        if several > 1:
+            step, xs = spelled_out, jax.tree.map(lambda a: a.reshape(-1, several, *a.shape[1:]), xs)
         if self.scan:
-            (x, cache), loads = jax.lax.scan(once, (x, cache), xs)
+            (x, cache), loads = jax.lax.scan(step, (x, cache), xs)
             return x, cache, loads
         outs = []
-        for index in range(repeats):
-            (x, cache), out = once((x, cache), jax.tree.map(lambda a, index=index: a[index], xs))
+        for index in range(repeats // several):
+            (x, cache), out = step((x, cache), jax.tree.map(lambda a, index=index: a[index], xs))
             outs.append(out)
         return x, cache, jax.tree.map(lambda *a: jnp.stack(a), *outs)
 

@@ -123,6 +123,7 @@ class Sharding:
     sequence_parallel: bool = False  # Megatron's: norms and residuals are cut over tp along the sequence
     cut: Cut | None = None  # how stacks of layers lie over pp; None: in order, as evenly as can be
     context: ContextMethod | None = None  # how keys get to queries over cp (`tbjax.layers.context`); None: what serves
+    reduce_dtype: str | None = None  # in which gradients are summed over devices, where wider than that of the matmuls
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strategy", ShardingStrategy(self.strategy))
@@ -170,15 +171,23 @@ class Sharding:
         return NamedSharding(self.mesh, spec)
 
     def use(self, variable: nnx.Variable, dtype: Any = None) -> jax.Array:
-        """The value of a parameter, gathered over the axes that only store it (FSDP) and still cut over tp."""
+        """The value of a parameter, gathered over the axes that only store it (FSDP) and still cut over tp.
+
+        What `sums_wide` has rounded to `dtype` comes in the wider dtype of its gradient: cast it where it is used.
+        """
         value = variable[...]
-        if dtype is not None:
+        wide = dtype is not None and self.sums_wide(dtype)
+        if dtype is not None and not wide:
             value = value.astype(dtype)
-        if self.size(*DATA_AXES) == 1 or not self.strategy.cuts_gradients:
+        gathers = self.size(*DATA_AXES) > 1 and self.strategy.cuts_gradients
+        if not gathers and not wide:
             return value
         dims = tuple(variable.dims)
-        used, stored = (self.parameter(dims, value.shape, cut=cut).spec for cut in (False, True))
-        value = cast(jax.Array, _gathered(value, self, used, stored))
+        used, stored = (self.parameter(dims, value.shape, cut=cut).spec for cut in (False, gathers))
+        if wide:
+            value = cast(jax.Array, _rounded(value, self, used, stored, jnp.dtype(dtype).name))
+        else:
+            value = cast(jax.Array, _gathered(value, self, used, stored))
         if _inside_shard_map() and self.size("tp") > 1 and not any(used):
             # The compiler would share the gradient's matmul out over tp and lay the result as it is stored by a
             # permute, for which in a pipeline it makes stages wait that do something else. So it is laid as it is used
@@ -186,11 +195,16 @@ class Sharding:
             value = self._constrain(value, used)
         return value
 
+    def sums_wide(self, dtype: Any) -> bool:
+        """Whether gradients of weights that are used in `dtype` are summed over devices in a wider one."""
+        return self.reduce_dtype is not None and jnp.dtype(self.reduce_dtype).itemsize > jnp.dtype(dtype).itemsize
+
     def project(self, x: jax.Array, weight: nnx.Variable) -> jax.Array:
         """x Wᵀ for a weight [out, in] and x [..., in], moving whichever of the two is smaller."""
         rows, (features_out, features_in) = math.prod(x.shape[:-1]), weight.shape
         if rows * (features_in + features_out) > STATIONARY_SHARE * features_in * features_out:
-            return _matmul(x, self.use(weight, x.dtype))
+            matmul = _matmul_summed_wide if self.sums_wide(x.dtype) else _matmul
+            return matmul(x, self.use(weight, x.dtype))
         leading = leading_dims(x)
         x = self._constrain(x, self.activation((*leading, weight.dims[1]), x.shape, STATIONARY_AXES))
         y = _matmul(x, weight[...].astype(x.dtype))
@@ -203,14 +217,14 @@ class Sharding:
             # The gradient of a lookup lies as the table does in use, and is then cut: see `_gathered`.
             rows = self._constrain(self.use(table, dtype), used)
             if _inside_shard_map():
-                return self._lookup_by_part(tokens, rows, used)
-            return _take(rows, tokens, table.shape[0])
+                return self._lookup_by_part(tokens, rows, used, dtype or table.dtype)
+            return _take(rows, tokens, table.shape[0]).astype(dtype or table.dtype)
         found = jnp.take(table[...], tokens, axis=0, mode="clip").astype(dtype or table.dtype)
         return self._constrain(
             found, self.activation((*leading_dims(found), table.dims[1]), found.shape, STATIONARY_AXES)
         )
 
-    def _lookup_by_part(self, tokens: jax.Array, table: jax.Array, spec: PartitionSpec) -> jax.Array:
+    def _lookup_by_part(self, tokens: jax.Array, table: jax.Array, spec: PartitionSpec, dtype: Any) -> jax.Array:
         """A lookup in which each device finds what its part of the table has, and the parts are summed.
 
         It is what the compiler makes of a lookup elsewhere; in a pipeline stage it fails an assertion of its own (XLA
@@ -223,7 +237,7 @@ class Sharding:
             first = jax.lax.axis_index(over) * table.shape[0] if over else 0
             place = jnp.clip(tokens, 0, self.size(*over) * table.shape[0] - 1) - first
             here = (place >= 0) & (place < table.shape[0])
-            found = jnp.where(here[..., None], _take(table, place, table.shape[0]), 0)
+            found = jnp.where(here[..., None], _take(table, place, table.shape[0]), 0).astype(dtype)
             return jax.lax.psum(found, over) if over else found
 
         return self.per_device(find, (spec, PartitionSpec(*rows[:2])), rows)(table, tokens)
@@ -358,6 +372,16 @@ class Sharding:
         return True
 
 
+def on_host(value: Any) -> bool:
+    """Whether an array of a program lies in the host's memory."""
+    return jax.typeof(value).memory_space == jax.memory.Space.Host
+
+
+def to_device(tree: Module) -> Module:
+    """A module or any tree of arrays, with what lies in the host's memory brought to the device."""
+    return jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Device) if on_host(a) else a, tree)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gathered(value: jax.Array, sharding: Sharding, used: PartitionSpec, stored: PartitionSpec) -> jax.Array:
     """`value` laid as `used`, and its gradient as `stored`: left to itself the gradient would be laid as the value is,
@@ -387,6 +411,55 @@ def _pinned(value: jax.Array, sharding: Sharding, spec: PartitionSpec) -> jax.Ar
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _rounded(value: jax.Array, sharding: Sharding, used: PartitionSpec, stored: PartitionSpec, dtype: str) -> jax.Array:
+    """As `_gathered`, of `value` rounded to `dtype`, but in the dtype in which its gradient is to be summed: what
+    travels here is `dtype`, and what comes back is not."""
+    value = value.astype(dtype)
+    if used != stored:
+        value = _pinned(value, sharding, stored)
+    return sharding._constrain(value, used).astype(cast(Any, sharding.reduce_dtype))
+
+
+def _rounded_forward(
+    value: jax.Array, sharding: Sharding, used: PartitionSpec, stored: PartitionSpec, dtype: str
+) -> Any:
+    # What is kept is an empty array: of the value, the backward pass has to know its dtype alone.
+    return _rounded(value, sharding, used, stored, dtype), jnp.zeros(0, value.dtype)
+
+
+def _rounded_backward(
+    sharding: Sharding, used: PartitionSpec, stored: PartitionSpec, dtype: str, kept: jax.Array, gradient: jax.Array
+) -> Any:
+    if used != stored:
+        gradient = _pinned(sharding._constrain(gradient, stored), sharding, stored)
+    return (gradient.astype(kept.dtype),)
+
+
+_rounded.defvjp(_rounded_forward, _rounded_backward)
+
+
+@jax.custom_vjp
+def _matmul_summed_wide(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x Wᵀ in the dtype of x. The weight comes in the wider dtype in which its gradient is to be summed: the compiler
+    sums over devices what a matmul gives on each, before any cast that follows."""
+    return _matmul(x, weight.astype(x.dtype))
+
+
+def _matmul_summed_wide_forward(x: jax.Array, weight: jax.Array) -> Any:
+    narrow = weight.astype(x.dtype)
+    return _matmul(x, narrow), (x, narrow, jnp.zeros(0, weight.dtype))
+
+
+def _matmul_summed_wide_backward(kept: Any, gradient: jax.Array) -> Any:
+    x, weight, wide = kept
+    of_weight = jnp.einsum("...o,...i->oi", gradient, x, preferred_element_type=wide.dtype)
+    return jnp.einsum("...o,oi->...i", gradient, weight), of_weight
+
+
+_matmul_summed_wide.defvjp(_matmul_summed_wide_forward, _matmul_summed_wide_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

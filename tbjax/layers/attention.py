@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from tbjax.config import LayerKind, ModelConfig
 from tbjax.layers.attend import Keys, Scoring, attend
@@ -105,7 +106,10 @@ class Attention(nnx.Module):
         cache: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """The attention's output for x [B, S, D], and the layer's cache with x's keys and values written in."""
-        query, key, value = self.query(x), self.key(x), self.value(x)
+        query, key, value = (
+            checkpoint_name(made(x), name)
+            for made, name in ((self.query, "query"), (self.key, "key"), (self.value, "value"))
+        )
         if self.config.qk_norm == "full":
             query, key = self._norm(query, key)
         query, key, value = (a.reshape(*a.shape[:2], -1, self.config.head_dim) for a in (query, key, value))
@@ -124,7 +128,7 @@ class Attention(nnx.Module):
                 first = keys.query_slots[0]
                 key, value = cache = (_write(cache[0], key, first), _write(cache[1], value, first))
             out = attend(query, key, value, keys, self._scoring(), self.sharding)
-        out = self.layout.collect(self._over_heads(out, sequence))
+        out = checkpoint_name(self.layout.collect(self._over_heads(out, sequence)), "attended")
         return self.output(out.reshape(*out.shape[:2], -1)), cache
 
     def _norm(self, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:

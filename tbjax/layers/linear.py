@@ -72,7 +72,7 @@ class ColumnParallelLinear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.sharding.project(x, self.weight)
         if self.bias is not None:
-            y = y + self.sharding.use(self.bias, x.dtype)
+            y = y + self.sharding.use(self.bias, x.dtype).astype(y.dtype)
         return self.sharding.constrain(y, *leading_dims(y), None if self.gather_output else self.features)
 
 
@@ -106,5 +106,5 @@ class RowParallelLinear(nnx.Module):
             x = self.sharding.constrain(x, *leading_dims(x), self.features)
         y = self.sharding.project(x, self.weight)
         if self.bias is not None:
-            y = y + self.sharding.use(self.bias, x.dtype)
+            y = y + self.sharding.use(self.bias, x.dtype).astype(y.dtype)
         return self.sharding.residual(y) if y.ndim == 3 else self.sharding.constrain(y, *leading_dims(y), None)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from tbjax.config import ModelConfig
 from tbjax.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -44,5 +45,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         activation = ACTIVATIONS[self.activation]
-        hidden = activation(self.up(x)) if self.gate is None else activation(self.gate(x)) * self.up(x)
-        return self.down(hidden)
+        gate = None if self.gate is None else checkpoint_name(self.gate(x), "gate")
+        up = checkpoint_name(self.up(x), "up")
+        hidden = activation(up) if gate is None else activation(gate) * up
+        return self.down(checkpoint_name(hidden, "hidden"))

@@ -84,6 +84,8 @@ class MixtureOfExperts(nnx.Module):
 
     def _experts(self, x, weights, experts, gate, up, down, *, ep: str | None, gathers: bool) -> jax.Array:
         """What the experts of this device make of its tokens (and, over ep, of its peers')."""
+        # Cast here: what is cut out of this function for a device has its gradient summed over the others as it came.
+        gate, up, down = (a.astype(x.dtype) for a in (gate, up, down))
         local_shape = x.shape
         x, weights, experts = (a.reshape(-1, a.shape[-1]) for a in (x, weights, experts))
         held, first = gate.shape[0], 0

@@ -27,7 +27,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
-from tbjax.remat import CASTS_AND_RELAYOUTS, Remat
+from tbjax.remat import CASTS_AND_RELAYOUTS, Policy
 
 # Calls that are only a way of writing: their equations take their place.
 _CALLS = {
@@ -63,7 +63,7 @@ class Phases:
 
 
 def take_apart(
-    layer: Callable[[Any, Any, Any], Any], weights: Any, surroundings: Any, x: Any, *, remat: Remat, split: bool
+    layer: Callable[[Any, Any, Any], Any], weights: Any, surroundings: Any, x: Any, *, remat: Policy, split: bool
 ) -> Phases:
     """The phases of `layer`; without `split` no gradient waits. Arguments are arrays or their shapes."""
 
@@ -169,7 +169,7 @@ def _waiting(
     return waiting
 
 
-def _is_kept(maker: JaxprEqn, remat: Remat) -> bool:
+def _is_kept(maker: JaxprEqn, remat: Policy) -> bool:
     match remat:
         case "full":
             return False

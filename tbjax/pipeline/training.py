@@ -23,10 +23,10 @@ from tbjax.model import Decoder, Hidden
 from tbjax.pipeline.grid import Cell
 from tbjax.pipeline.phases import Gradients, Phases, take_apart
 from tbjax.pipeline.stages import Payload, Stage, Tokens, Weights, finish, is_end, join, split
-from tbjax.remat import Remat
+from tbjax.remat import Policy
 from tbjax.sharding import leaves
 
-StageRemat: TypeAlias = Remat | Literal["stage"]
+StageRemat: TypeAlias = Policy | Literal["stage"]
 Carried = TypeVar("Carried")
 
 # The part of the loss that a microbatch has: (model, hidden states, microbatch) -> scalar.
@@ -60,7 +60,7 @@ class TrainingStage:
     def make(cls, stage: Stage, loss: Loss, part: Tokens, *, remat: StageRemat, splits: bool) -> "TrainingStage":
         """For microbatches like `part`; `splits` says that weight gradients are tasks of their own."""
         payload = jax.eval_shape(stage.enter, part)
-        policy: Remat = "full" if remat == "stage" else remat
+        policy: Policy = "full" if remat == "stage" else remat
         phases = take_apart(stage.layer, stage.row(0), stage.around(part), payload, remat=policy, split=splits)
         return cls(stage, loss, phases, remat != "stage")
 

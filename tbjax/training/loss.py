@@ -10,12 +10,16 @@ exponentials, the target's score). The gradient of the head's weight is summed o
 device, and over the devices once at the end. All of this is per device on purpose (`shard_map`): left to the
 partitioner, the sum over devices would happen in every chunk.
 
+The z-loss (PaLM, section 5) is z times the square of each token's log of the sum of exponentials, which keeps the
+scores from drifting. It costs nothing: the number is at hand, and its gradient is the softmax once more.
+
 T tokens on a device, C tokens in a chunk, D embed, V vocabulary on a device.
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +31,10 @@ from tbjax.sharding import Sharding
 # A target that has no loss, as transformers and PyTorch write it. Every negative target is taken as one.
 IGNORED = -100
 
+# Of what gradients are taken on the way, and how many results there are with the loss.
+Gradients: TypeAlias = Literal["states", "both"]
+_RESULTS: Mapping[Gradients, int] = {"states": 2, "both": 3}
+
 # Float32 logits of one chunk on one device: large enough for efficient matmuls, small beside everything else.
 CHUNK_BYTES = 128 * 2**20
 
@@ -37,12 +45,18 @@ class Head(NamedTuple):
     vocab_size: int  # without the padding of the table
     softcap: float | None
     sharding: Sharding
+    z_loss: float
 
 
-def cross_entropy(model: Decoder, states: jax.Array, targets: jax.Array) -> jax.Array:
-    """The sum of the losses of `targets` [B, S] for hidden states [B, S, D]; negative targets have none."""
+def cross_entropy(model: Decoder, states: jax.Array, targets: jax.Array, *, z_loss: float = 0.0) -> jax.Array:
+    """The sum of the losses of `targets` [B, S] for hidden states [B, S, D]; negative targets have none.
+
+    `z_loss` is the weight of the z-loss in it.
+    """
+    if z_loss < 0:
+        raise ValueError(f"z_loss={z_loss} rewards what it is to prevent: a weight is 0 or more.")
     table = model.embedding if model.head is None else model.head
-    head = Head(model.config.vocab_size, model.config.logits_softcap, model.sharding)
+    head = Head(model.config.vocab_size, model.config.logits_softcap, model.sharding, float(z_loss))
     return _summed(head, states, table.weight[...], targets)
 
 
@@ -54,23 +68,27 @@ def chunk_tokens(tokens: int, vocabulary: int) -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed(head: Head, states: jax.Array, weight: jax.Array, targets: jax.Array) -> jax.Array:
-    return _over_devices(head, states, weight, targets, gradients=False)
+    return _over_devices(head, states, weight, targets)
 
 
-def _forward(head: Head, states: jax.Array, weight: jax.Array, targets: jax.Array) -> Any:
-    loss, of_states, of_weight = _over_devices(head, states, weight, targets, gradients=True)
-    return loss, (of_states, of_weight)
+def _forward(head: Head, states: Any, weight: Any, targets: Any) -> Any:
+    """Each argument comes with whether a gradient of it is wanted: a frozen table has none."""
+    wanted: Gradients = "both" if weight.perturbed else "states"
+    loss, *kept = _over_devices(head, states.value, weight.value, targets.value, gradients=wanted)
+    return loss, tuple(kept)
 
 
 def _backward(head: Head, kept: Any, cotangent: jax.Array) -> Any:
-    of_states, of_weight = (gradient * cotangent.astype(gradient.dtype) for gradient in kept)
-    return of_states, of_weight, None
+    found = [gradient * cotangent.astype(gradient.dtype) for gradient in kept]
+    return found[0], found[1] if len(found) > 1 else None, None
 
 
-_summed.defvjp(_forward, _backward)
+_summed.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _over_devices(head: Head, states: jax.Array, weight: jax.Array, targets: jax.Array, *, gradients: bool) -> Any:
+def _over_devices(
+    head: Head, states: jax.Array, weight: jax.Array, targets: jax.Array, *, gradients: Gradients | None = None
+) -> Any:
     sharding = head.sharding
     stored = sharding.parameter(("vocab", "embed"), weight.shape, "head").spec
     used = PartitionSpec(stored[0], None)
@@ -91,13 +109,13 @@ def _over_devices(head: Head, states: jax.Array, weight: jax.Array, targets: jax
         result = sharding.per_device(
             run,
             in_specs=(batch, used, PartitionSpec(*batch[:2])),
-            out_specs=(PartitionSpec(), batch, stored) if gradients else PartitionSpec(),
+            out_specs=(PartitionSpec(), batch, stored)[: _RESULTS[gradients]] if gradients else PartitionSpec(),
         )(*operands)
     if not gradients:
         return result
     # All of it before anything of the backward pass, or the whole gradient waits until the end to be cut.
-    loss, of_states, of_weight = jax.lax.optimization_barrier(result)
-    return loss, of_states, of_weight.astype(weight.dtype)
+    loss, of_states, *of_weight = jax.lax.optimization_barrier(result)
+    return loss, of_states, *(gradient.astype(weight.dtype) for gradient in of_weight)
 
 
 def _on_device(
@@ -109,7 +127,7 @@ def _on_device(
     over_tokens: tuple[str, ...],
     over_vocabulary: tuple[str, ...],
     over_embed: tuple[str, ...],
-    gradients: bool,
+    gradients: Gradients | None,
 ) -> Any:
     """The loss of this device's tokens and, of its part of the vocabulary, the gradients."""
     rows = states.reshape(-1, states.shape[-1])
@@ -137,25 +155,36 @@ def _on_device(
         hit = tokens == targets[:, None]
         score = _collective(jax.lax.psum, jnp.sum(jnp.where(hit, scores, 0), axis=1), over_vocabulary)
         counted = targets >= 0
-        loss += jnp.sum(jnp.where(counted, jnp.log(total) + highest - score, 0))
+        normaliser = jnp.log(total) + highest
+        of_token = normaliser - score
+        if head.z_loss:
+            of_token += head.z_loss * jnp.square(normaliser)
+        loss += jnp.sum(jnp.where(counted, of_token, 0))
         if not gradients:
             return (loss, of_weight), None
-        of_scores = jnp.where(counted[:, None], exponentials / total[:, None] - hit, 0)
+        softmax = exponentials / total[:, None]
+        if head.z_loss:
+            softmax *= 1 + 2 * head.z_loss * normaliser[:, None]
+        of_scores = jnp.where(counted[:, None], softmax - hit, 0)
         of_scores = (of_scores if slope is None else of_scores * slope).astype(rows.dtype)
-        of_weight += jnp.einsum("cv,cd->vd", of_scores, rows, preferred_element_type=jnp.float32)
+        if gradients == "both":
+            of_weight += jnp.einsum("cv,cd->vd", of_scores, rows, preferred_element_type=jnp.float32)
         return (loss, of_weight), jnp.einsum("cv,vd->cd", of_scores, weight)
 
-    # Not touched where no gradients are taken: the scan then carries an empty array.
-    of_weight = jnp.zeros(weight.shape if gradients else (0,), jnp.float32)
+    # Not touched where no gradient of it is taken: the scan then carries an empty array.
+    of_weight = jnp.zeros(weight.shape if gradients == "both" else (0,), jnp.float32)
     (loss, of_weight), of_rows = jax.lax.scan(step, (jnp.float32(0), of_weight), chunks)
     loss = _collective(jax.lax.psum, loss, over_tokens)
     if not gradients:
         return loss
     of_rows = of_rows.reshape(-1, rows.shape[1])[: rows.shape[0]].reshape(states.shape)
     of_rows = _collective(jax.lax.psum, of_rows, over_vocabulary)
+    if gradients == "states":
+        return loss, of_rows
     # The gradient's sum over the tokens' devices: to each its part where they hold the table in parts, in the precision
-    # of the matmuls like every other weight's.
-    of_weight = of_weight.astype(rows.dtype)
+    # of the matmuls like every other weight's. A sum over tokens is beyond what float16 holds.
+    if not (head.sharding.sums_wide(rows.dtype) or rows.dtype == jnp.float16):
+        of_weight = of_weight.astype(rows.dtype)
     if over_embed:
         of_weight = jax.lax.psum_scatter(of_weight, over_embed, scatter_dimension=1, tiled=True)
     return loss, of_rows, _collective(jax.lax.psum, of_weight, tuple(a for a in over_tokens if a not in over_embed))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +41,12 @@ def operands(model):
     return states, targets
 
 
-def textbook(model, states, targets):
-    scores = jax.nn.log_softmax(model.logits(states), axis=-1)
+def textbook(model, states, targets, z_loss=0.0):
+    logits = model.logits(states)
+    scores = jax.nn.log_softmax(logits, axis=-1)
     taken = jnp.take_along_axis(scores, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    return -jnp.sum(jnp.where(targets >= 0, taken, 0))
+    squares = jnp.square(jax.nn.logsumexp(logits, axis=-1))
+    return jnp.sum(jnp.where(targets >= 0, z_loss * squares - taken, 0))
 
 
 def evaluated(loss, model, states, targets):
@@ -52,15 +55,16 @@ def evaluated(loss, model, states, targets):
     return value, of_states, table.weight[...]
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.1], ids=["", "z-loss"])
 @pytest.mark.parametrize("spec", [(1, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_value_and_gradients_are_the_textbooks(name, spec, monkeypatch):
+def test_value_and_gradients_are_the_textbooks(name, spec, z_loss, monkeypatch):
     one = made(name)
-    wanted = evaluated(textbook, one, *operands(one))
+    wanted = evaluated(partial(textbook, z_loss=z_loss), one, *operands(one))
     # Small enough for several chunks on every mesh, of a length that the tokens are no multiple of.
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 5 * one.config.padded_vocab // spec[2])
     model = made(name, spec)
-    ours = evaluated(cross_entropy, model, *operands(model))
+    ours = evaluated(partial(cross_entropy, z_loss=z_loss), model, *operands(model))
     for a, b in zip(ours, wanted, strict=True):
         assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= 1e-5 * np.linalg.norm(np.asarray(b))
 
@@ -70,6 +74,27 @@ def test_without_gradients_the_value_is_the_same():
     np.testing.assert_allclose(
         cross_entropy(model, *operands(model)), textbook(made("llama"), *operands(model)), rtol=1e-5
     )
+
+
+def test_a_z_loss_is_a_matter_of_degree():
+    model = made("llama", (1, 1, 8))
+    plain, small, large = (cross_entropy(model, *operands(model), z_loss=z) for z in (0.0, 1e-4, 2e-4))
+    assert small > plain
+    np.testing.assert_allclose(large - plain, 2 * (small - plain), rtol=1e-2)
+    with pytest.raises(ValueError, match=r"z_loss=-0\.1 rewards what it is to prevent"):
+        cross_entropy(model, *operands(model), z_loss=-0.1)
+
+
+def test_a_table_that_is_held_constant_has_no_gradient_made_for_it():
+    model = jax.eval_shape(lambda: made("llama"))
+    states, targets = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands(model))
+
+    def matmuls(argnums):
+        program = jax.jit(jax.grad(cross_entropy, argnums=argnums)).lower(model, states, targets).as_text()
+        return program.count("stablehlo.dot_general")
+
+    assert matmuls((0, 1)) == 3  # logits and both gradients
+    assert matmuls((1,)) == 2
 
 
 def test_targets_that_are_all_ignored_have_no_loss_and_no_gradient():

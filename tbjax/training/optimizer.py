@@ -5,8 +5,12 @@ transformations it is chained from, and that is how each array of state finds th
 
 Every recipe decays and orthogonalises matrices alone: norms' scales and biases are left out, as is usual, and `muon`
 keeps AdamW for them and for the embeddings, as its authors advise.
+
+Any optax transformation will do in their place. One that treats the layers of a stack apart can say so (`Layerwise`),
+and may then be run layer by layer (`tbjax.training.update`), as it must be where its state lies in the host's memory.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -17,11 +21,28 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optax import contrib
 
 from tbjax.sharding import Dims, Leaf, Sharding, leaves
+from tbjax.training.rules import Rule, chosen
 
 Name: TypeAlias = Literal["adamw", "adafactor", "sgd", "lion", "muon"]
 Parameters: TypeAlias = dict[str, Any]
 
 SGD_MOMENTUM = 0.9
+
+# The memory of the host that devices can read and write by themselves.
+HOST = "pinned_host"
+
+
+class Layerwise(optax.GradientTransformationExtraArgs):
+    """A transformation whose update of a layer follows from that layer alone, and from the extra argument
+    `gradient_norm`: the norm of all gradients together.
+
+    A promise: `Layerwise(*transformation)` makes it for one of your own. One that clips by the norm of all gradients
+    must do that with `clip_by_norm`, as optax's own would take the norm of a layer for that of all.
+    """
+
+
+class OnlyLayerwise(Layerwise):
+    """One that takes so much memory for a whole stack that it is run layer by layer in any case."""
 
 
 def make_optimizer(
@@ -31,44 +52,93 @@ def make_optimizer(
     learning_rate: optax.ScalarOrSchedule = 3e-4,
     weight_decay: float = 0.1,
     clip_norm: float | None = 1.0,
+    decayed: Rule | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer `name` for the parameters of `model`, which may be abstract.
 
     Its state is in the parameters' dtype: adamw two arrays like them (muon for what it leaves to AdamW), lion, sgd and
     muon one, adafactor one value per row and column of each matrix. `clip_norm` bounds the norm of all gradients
-    together.
+    together. `decayed` says which parameters' weights decay, by their paths: matrices unless told otherwise (sgd and
+    adafactor decay none).
     """
     found = {leaf.path: leaf for leaf in leaves(model)}
-    decayed = {path: _is_matrix(leaf) for path, leaf in found.items()}
+    matrices = frozenset(path for path, leaf in found.items() if _is_matrix(leaf))
+    decaying = matrices if decayed is None else chosen(decayed, found, "decayed")
 
-    def orthogonalised(values: Any) -> Any:
-        return {path: _orthogonalised(found[path]) for path in values}
+    def mask(values: Parameters) -> dict[str, bool]:
+        return {path: path in decaying for path in values}
 
     match name:
         case "adamw":
-            rule = optax.adamw(learning_rate, b2=0.95, weight_decay=weight_decay, mask=decayed)
+            rule = optax.adamw(learning_rate, b2=0.95, weight_decay=weight_decay, mask=mask)
         case "adafactor":
             rule = optax.adafactor(learning_rate)
         case "sgd":
             rule = optax.sgd(learning_rate, momentum=SGD_MOMENTUM)
         case "lion":
-            rule = optax.lion(learning_rate, weight_decay=weight_decay, mask=decayed)
+            rule = optax.lion(learning_rate, weight_decay=weight_decay, mask=mask)
         case "muon":
-            rule = contrib.muon(
-                learning_rate,
-                weight_decay=weight_decay,
-                weight_decay_mask=decayed,
-                adam_weight_decay=weight_decay,
-                muon_weight_dimension_numbers=orthogonalised,
-            )
+            rule = _muon(found, learning_rate, weight_decay, mask)
         case _:
             known = ", ".join(map(repr, Name.__args__))
             raise ValueError(f"optimizer={name!r} is unknown: tbjax knows {known}.")
-    return rule if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), rule)
+    whole = rule if clip_norm is None else optax.chain(clip_by_norm(clip_norm), rule)
+    # Adafactor's clipping and scaling are by the size of an array, which for it is a stack.
+    kind = {"adafactor": optax.GradientTransformationExtraArgs, "muon": OnlyLayerwise}.get(name, Layerwise)
+    return kind(*optax.with_extra_args_support(whole))
 
 
-def place_state(state: Any, model: nnx.Module, sharding: Sharding) -> Any:
-    """An abstract optimizer state with shardings: each array lies like its parameter, cut as the strategy has it."""
+def clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
+    """As `optax.clip_by_global_norm`, of gradients whose norm may be known already (`gradient_norm`)."""
+
+    def update(
+        gradients: Any, state: Any, parameters: Any = None, *, gradient_norm: jax.Array | None = None, **_: Any
+    ) -> Any:
+        norm = optax.tree.norm(gradients) if gradient_norm is None else gradient_norm
+
+        def clip(gradient: jax.Array) -> jax.Array:
+            return jax.lax.select(norm < largest, gradient, gradient / norm.astype(gradient.dtype) * largest)
+
+        return jax.tree.map(clip, gradients), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def _muon(
+    found: Mapping[str, Leaf], learning_rate: optax.ScalarOrSchedule, weight_decay: float, mask: Any
+) -> optax.GradientTransformation:
+    """Muon for the matrices of layers and AdamW for the rest, as `optax.contrib.muon` joins them; but that one can
+    decay all or nothing of what is left to AdamW."""
+
+    def numbers(values: Parameters) -> dict[str, Any]:
+        return {path: _orthogonalised(found[path]) or optax.MaskedNode() for path in values}
+
+    def widened(updates: Parameters, _: Any = None) -> Parameters:
+        """Times what makes updates of matrices of any shape as large as those of square ones (Jordan's factor)."""
+        result = dict(updates)
+        for path, dims in numbers(updates).items():
+            if isinstance(dims, contrib.MuonDimensionNumbers):
+                fan_in, fan_out = (updates[path].shape[axis] for axis in (dims.reduction_axis, dims.output_axis))
+                result[path] = updates[path] * math.sqrt(max(1, fan_out / fan_in))
+        return result
+
+    rules = {
+        "muon": optax.chain(
+            contrib.scale_by_muon(weight_dimension_numbers=numbers),
+            optax.stateless(widened),
+            optax.add_decayed_weights(weight_decay, mask),
+            optax.scale_by_learning_rate(learning_rate),
+        ),
+        "adam": optax.adamw(learning_rate, nesterov=True, weight_decay=weight_decay, mask=mask),
+    }
+    return optax.partition(
+        rules, lambda values: {path: "muon" if _orthogonalised(found[path]) else "adam" for path in values}
+    )
+
+
+def place_state(state: Any, model: nnx.Module, sharding: Sharding, *, host: bool = False) -> Any:
+    """An abstract optimizer state with shardings: each array lies like its parameter, cut as the strategy has it, and
+    in the host's memory where `host` says so."""
     found = {leaf.path: leaf for leaf in leaves(model)}
     replicated = NamedSharding(sharding.mesh, PartitionSpec())
 
@@ -76,6 +146,8 @@ def place_state(state: Any, model: nnx.Module, sharding: Sharding) -> Any:
         keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         leaf = next((found[key] for key in keys if key in found), None)
         where = replicated if leaf is None else _like(leaf, array.shape, sharding)
+        if host and leaf is not None:
+            where = where.with_memory_kind(HOST)
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
 
     return jax.tree_util.tree_map_with_path(place, state)

@@ -1,0 +1,235 @@
+"""`tbjax train`: a training run from the command line.
+
+    tbjax train HuggingFaceTB/SmolLM2-135M-Instruct --data corpus.jsonl --steps 1000 --mesh 1,8,1 --out tuned
+    tbjax train MODEL --data corpus/ --config run.json --checkpoint-dir run
+
+`--config` is a `TrainConfig` as JSON, and options come before what it says.
+
+Exit codes: 0 all steps are done, 1 something was wrong, 2 the command line was not understood, 130 Ctrl-C or 143
+SIGTERM ended the run after it was saved. With --json the last line of standard output is the result; everything else
+goes to standard error.
+"""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from tbjax.terminal import parse_mesh, provide_cpu_devices, readable_errors
+
+if TYPE_CHECKING:
+    from tbjax.training.config import TrainConfig
+    from tbjax.training.loop import TrainResult
+
+# The trainer's own lists, said again: to ask it for them would make the help wait for JAX. A test compares them.
+Optimizer = Literal["adamw", "adafactor", "sgd", "lion", "muon"]
+Schedule = Literal["constant", "cosine", "linear", "wsd"]
+Precision = Literal["mixed", "bfloat16", "float32", "float16"]
+Strategy = Literal["NO_SHARD", "OPTIMIZER", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"]
+NotFinite = Literal["stop", "skip", "keep"]
+
+# What a run of the command line takes where neither it nor the config says.
+BATCH_SIZE = 8
+SEQ_LEN = 1024
+
+_LEARNING, _MEMORY, _OUTPUT = "Learning", "Memory and layout", "Output"
+
+
+def train(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or a run's checkpoint.")],
+    data: Annotated[str, typer.Option(help="A file, folder or pattern of text, JSONL, Parquet, Arrow; or a hub name.")],
+    eval_data: Annotated[str | None, typer.Option(help="The same, to evaluate on.")] = None,
+    hold_out: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Evaluate on this part of the data's documents instead.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A TrainConfig as JSON; options come before it.")
+    ] = None,
+    mesh: Annotated[
+        str, typer.Option(help="dp,fsdp,tp (as 1,4,2) or axes by name (as ep=4,tp=2); auto: all devices on fsdp.")
+    ] = "auto",
+    steps: Annotated[int | None, typer.Option(min=1, help="In all, those before a resumption counted.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, show_default=str(BATCH_SIZE), help="Sequences in a step, on all devices.")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, show_default=f"the model's, up to {SEQ_LEN}", help="Tokens of each.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, show_default="0", help="Of the data's order.")] = None,
+    optimizer: Annotated[
+        Optimizer | None, typer.Option(rich_help_panel=_LEARNING, show_default="adamw", help="By name.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0, rich_help_panel=_LEARNING, show_default="0.0003", help="At its peak.")
+    ] = None,
+    schedule: Annotated[
+        Schedule | None, typer.Option(rich_help_panel=_LEARNING, show_default="cosine", help="How the rate falls.")
+    ] = None,
+    warmup: Annotated[
+        int | None, typer.Option(min=0, rich_help_panel=_LEARNING, show_default="0", help="Steps of rising rate.")
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(min=0, rich_help_panel=_LEARNING, show_default="0.1", help="Of matrices.")
+    ] = None,
+    clip_norm: Annotated[
+        float | None, typer.Option(min=0, rich_help_panel=_LEARNING, show_default="1.0", help="Of the gradients.")
+    ] = None,
+    frozen: Annotated[
+        str | None, typer.Option(rich_help_panel=_LEARNING, help="Regular expression of parameters that stay.")
+    ] = None,
+    on_nonfinite: Annotated[
+        NotFinite | None, typer.Option(rich_help_panel=_LEARNING, show_default="stop", help="After NaN or overflow.")
+    ] = None,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(rich_help_panel=_MEMORY, show_default="mixed", help="mixed: float32 weights, bfloat16 matmuls."),
+    ] = None,
+    remat: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_MEMORY,
+            show_default="full",
+            help="What is computed again in the backward pass: none, dots, full, full:0.5, save(attention,mlp), ...",
+        ),
+    ] = None,
+    microbatches: Annotated[
+        int | None,
+        typer.Option(min=1, rich_help_panel=_MEMORY, show_default="1", help="Parts of a batch, one after another."),
+    ] = None,
+    pipeline: Annotated[
+        str | None, typer.Option(rich_help_panel=_MEMORY, show_default="1f1b", help="Schedule, with pp in the mesh.")
+    ] = None,
+    offload: Annotated[
+        str | None, typer.Option(rich_help_panel=_MEMORY, help="To the host's memory: optimizer; optimizer,parameters.")
+    ] = None,
+    sharding: Annotated[Strategy, typer.Option(rich_help_panel=_MEMORY, help="What fsdp shares out.")] = "FULL_SHARD",
+    checkpoint_dir: Annotated[
+        Path | None, typer.Option(rich_help_panel=_OUTPUT, help="The run's state; a run that stands there goes on.")
+    ] = None,
+    save_every: Annotated[int | None, typer.Option(min=1, rich_help_panel=_OUTPUT, help="Steps.")] = None,
+    eval_every: Annotated[int | None, typer.Option(min=1, rich_help_panel=_OUTPUT, help="Steps.")] = None,
+    eval_batches: Annotated[int | None, typer.Option(min=1, rich_help_panel=_OUTPUT, help="At most so many.")] = None,
+    log_every: Annotated[int | None, typer.Option(min=1, rich_help_panel=_OUTPUT, show_default="10")] = None,
+    out: Annotated[
+        Path | None, typer.Option(rich_help_panel=_OUTPUT, help="Write the model: safetensors and tokenizer.")
+    ] = None,
+    log: Annotated[Path | None, typer.Option(rich_help_panel=_OUTPUT, help="Append figures: a JSON line each.")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(rich_help_panel=_OUTPUT, help="Folder for event files.")] = None,
+    profile: Annotated[Path | None, typer.Option(rich_help_panel=_OUTPUT, help="Folder for a trace of steps.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", rich_help_panel=_OUTPUT, help="End with the result as a line of JSON.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=_OUTPUT, help="No progress line.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train a model on text, from its checkpoint on."""
+    given = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "seq_len": seq_len,
+        "seed": seed,
+        "optimizer": optimizer,
+        "learning_rate": learning_rate,
+        "schedule": schedule,
+        "warmup": warmup,
+        "weight_decay": weight_decay,
+        "clip_norm": clip_norm,
+        "frozen": frozen,
+        "on_nonfinite": on_nonfinite,
+        "precision": precision,
+        "remat": remat,
+        "microbatches": microbatches,
+        "pipeline": pipeline,
+        "offload": None if offload is None else offload.split(","),
+        "save_every": save_every,
+        "eval_every": eval_every,
+        "eval_batches": eval_batches,
+        "log_every": log_every,
+        "profile": None if profile is None else str(profile),
+    }
+    if eval_data is not None and hold_out is not None:
+        raise typer.BadParameter("--eval-data and --hold-out: one of them says what to evaluate on.")
+    if eval_every is not None and eval_data is None and hold_out is None:
+        raise typer.BadParameter("--eval-every needs --eval-data or --hold-out.")
+    shape = parse_mesh(mesh)
+    with readable_errors(debug=debug):
+        settings = _settings(config, {name: value for name, value in given.items() if value is not None})
+        provide_cpu_devices(shape)
+        import tbjax
+        from tbjax.training import data as datasets
+        from tbjax.training.loop import train as run
+        from tbjax.training.step import DTYPES
+
+        options: Any = {"sharding": sharding, "revision": revision, "progress": not quiet}
+        settings = settings.with_plan(None)
+        loaded = tbjax.load(model, shape, dtype=DTYPES[settings.precision or "mixed"][0], **options)
+        made = {
+            "batch_size": settings.batch_size or max(BATCH_SIZE, loaded.sharding.size("dp", "fsdp", "ep")),
+            "seq_len": settings.seq_len or min(SEQ_LEN, loaded.config.max_positions),
+            "seed": settings.seed,
+        }
+        learned, held = datasets.load(data, loaded.tokenizer, **made), None
+        if hold_out is not None:
+            learned, held = learned.hold_out(hold_out)
+        elif eval_data is not None:
+            held = datasets.load(eval_data, loaded.tokenizer, **made)
+        result = run(
+            loaded,
+            learned,
+            settings,
+            eval_data=held,
+            checkpoint_dir=checkpoint_dir,
+            log_file=log,
+            tensorboard=tensorboard,
+            progress=not quiet,
+        )
+        if out is not None:
+            loaded.save_pretrained(out)
+        _report(result, out, as_json, quiet)
+    if result.end != "finished":
+        number = signal.Signals[result.end] if result.end in signal.Signals.__members__ else signal.SIGTERM
+        raise typer.Exit(128 + number)
+
+
+def _settings(file: Path | None, given: dict[str, Any]) -> "TrainConfig":
+    """The file's settings, with those of the command line in their place."""
+    values = {}
+    if file is not None:
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is not JSON: {error}.") from error
+    if "steps" not in values | given:
+        raise ValueError("how many steps? Give --steps, or a --config that says.")
+    from tbjax.training.config import TrainConfig
+
+    return TrainConfig.from_json(json.dumps(values | given))
+
+
+def _report(result: "TrainResult", out: Path | None, as_json: bool, quiet: bool) -> None:
+    last = result.records[-1] if result.records else None
+    evaluation = result.evaluations[max(result.evaluations)] if result.evaluations else None
+    values = {
+        "step": result.step,
+        "end": result.end,
+        "loss": last and last.loss,
+        "tokens_per_second": last and last.tokens_per_second,
+        "mfu": last and last.mfu,
+        "evaluation_loss": evaluation and evaluation.loss,
+        "perplexity": evaluation and evaluation.perplexity,
+        "out": None if out is None else str(out),
+    }
+    if not quiet:
+        from tbjax.training.logs import figures
+
+        said = (last.values() if last else {}) | (evaluation.values() if evaluation else {})
+        ended = "" if result.end == "finished" else f", ended by {result.end}"
+        console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{result.step} steps{ended}: {figures(said)}" + (f"; wrote {out}" if out else ""))
+    if as_json:
+        sys.stdout.write(json.dumps(values) + "\n")

@@ -25,6 +25,7 @@ from interop.tokenizer import Tokenizer
 from tbjax import checkpoint, generate
 from tbjax.config import ModelConfig
 from tbjax.dtypes import float_dtype
+from tbjax.layers.linear import shapes_only
 from tbjax.mesh import MeshSpec, make_mesh
 from tbjax.model import Decoder
 from tbjax.pipeline import inference
@@ -284,7 +285,8 @@ def abstract(
         run_by = named(schedule) if isinstance(schedule, str) else schedule
         layout = dataclasses.replace(layout, cut=cut_for(config, run_by, layout.size("pp"), stage_layers))
     make = functools.partial(CausalLM, config, layout, dtype=dtype, origin=origin, plan=plan, scan=scan)
-    model = layout.place(jax.eval_shape(lambda key: make(key=key), jax.random.key(0)))
+    with shapes_only():
+        model = layout.place(jax.eval_shape(make))
     for path, axes in layout.uncut(model).items():
         log.warning("%s is not cut by %s: every device along it holds a copy.", path, " and ".join(axes))
     return model

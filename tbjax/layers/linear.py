@@ -5,6 +5,9 @@ layers compute on global arrays: what `gather_output` and `input_is_parallel` ch
 lie, never their values. A column layer followed by a row layer costs one reduction.
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -17,6 +20,21 @@ from tbjax.sharding import Dims, Sharding, leading_dims
 
 # The standard deviation that GPT-2 chose for its weights and most families kept.
 INITIAL_STD = 0.02
+
+_shapes_only = ContextVar("shapes_only", default=False)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within it parameters are born as zeros: for a model of which nothing but the shapes is wanted.
+
+    Tracing how random numbers are made takes longer than all the rest of tracing a model.
+    """
+    token = _shapes_only.set(True)
+    try:
+        yield
+    finally:
+        _shapes_only.reset(token)
 
 
 def as_sharding(mesh: "Mesh | Sharding | None") -> Sharding:
@@ -34,8 +52,8 @@ def parameter(
     """A parameter, born where it lies: normal with `INITIAL_STD`, or filled with a constant."""
 
     def make(key: jax.Array) -> jax.Array:
-        if fill is not None:
-            return jnp.full(shape, fill, dtype)
+        if fill is not None or _shapes_only.get():
+            return jnp.full(shape, fill or 0, dtype)
         return (INITIAL_STD * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
     if not isinstance(key, jax.core.Tracer):  # built alone, not inside a model that is placed as a whole

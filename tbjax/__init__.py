@@ -4,6 +4,7 @@
     model = tbjax.load("HuggingFaceTB/SmolLM2-135M-Instruct", mesh=(2, 2, 2))  # (dp, fsdp, tp), or a plan
     logits = model(tokens)
     print(model.generate("The capital of France is"))
+    tbjax.train(model, data, tbjax.TrainConfig(steps=1000))
     model.save_pretrained("out/")
 
 Names are imported when first asked for, so that `tbjax --help` need not wait for JAX.
@@ -14,13 +15,15 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tbjax import checkpoint, layers
+    from tbjax import checkpoint, layers, training
     from tbjax.api import CausalLM, from_config, load, plan, save
     from tbjax.config import LayerKind, ModelConfig, MoE, Rope
     from tbjax.mesh import make_mesh
     from tbjax.model import Decoder
     from tbjax.planner.plan import Plan
     from tbjax.sharding import Sharding, ShardingStrategy
+    from tbjax.training.config import TrainConfig
+    from tbjax.training.loop import TrainResult, make_train_step, train
 
 _HOMES = {
     "CausalLM": "tbjax.api",
@@ -32,19 +35,27 @@ _HOMES = {
     "Rope": "tbjax.config",
     "Sharding": "tbjax.sharding",
     "ShardingStrategy": "tbjax.sharding",
+    "TrainConfig": "tbjax.training.config",
+    "TrainResult": "tbjax.training.loop",
     "from_config": "tbjax.api",
     "load": "tbjax.api",
     "make_mesh": "tbjax.mesh",
+    "make_train_step": "tbjax.training.loop",
     "plan": "tbjax.planning",
     "save": "tbjax.api",
+    "train": "tbjax.training.loop",
 }
-_MODULES = ("checkpoint", "layers")
+_MODULES = ("checkpoint", "layers", "training")
 
 __all__ = [  # noqa: RUF022 (in the order of a reader's interest)
     "plan",
     "load",
     "from_config",
+    "train",
     "save",
+    "TrainConfig",
+    "TrainResult",
+    "make_train_step",
     "Plan",
     "CausalLM",
     "Decoder",
@@ -57,6 +68,7 @@ __all__ = [  # noqa: RUF022 (in the order of a reader's interest)
     "ShardingStrategy",
     "checkpoint",
     "layers",
+    "training",
 ]
 
 

@@ -1,4 +1,5 @@
-"""The command line: `tbjax plan`, `tbjax verify`, `tbjax convert`, `tbjax generate`, `tbjax pipeline`.
+"""The command line: `tbjax plan`, `tbjax verify`, `tbjax convert`, `tbjax generate`, `tbjax pipeline`,
+`tbjax train`.
 
 Commands import what they need when they run, so that `--help` answers at once.
 """
@@ -12,6 +13,7 @@ from interop.convert import Dtype, asking_about_pickles, convert
 from tbjax.pipeline.command import pipeline
 from tbjax.planner.command import plan, verify
 from tbjax.terminal import parse_mesh, provide_cpu_devices, readable_errors
+from tbjax.training.command import train
 
 app = typer.Typer(
     add_completion=False,
@@ -22,6 +24,7 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(verify)
 app.command()(convert)
+app.command()(train)
 app.command()(pipeline)
 
 

@@ -4,7 +4,7 @@
     TrainConfig.from_json(config.to_json()) == config
 
 A value that cannot be is refused when the config is made, not when the step that would use it comes. What is None is
-taken from the plan that the model was laid out by, and where there is none from `USUAL`: the plan is the program.
+taken from what the model says of its training, or from the plan that it was laid out by, and else from `USUAL`.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from tbjax.model import Decoder
 from tbjax.pipeline.schedule import named
 from tbjax.planner.plain import plain, restore
 from tbjax.planner.plan import Plan
+from tbjax.remat import Remat
 from tbjax.training.learning_rate import Schedule, learning_rate
 from tbjax.training.optimizer import Name, make_optimizer
 from tbjax.training.step import DTYPES, Precision
@@ -41,6 +42,20 @@ USUAL: Mapping[str, Any] = {
     "chunks": None,
     "offload": (),
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a model says of how it is to be trained (`model.training_defaults`), where a config leaves it open."""
+
+    precision: Precision | None = None
+    remat: str | None = None
+    microbatches: int | None = None
+    offload: tuple[Offloaded, ...] | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,6 +132,8 @@ class TrainConfig:
             object.__setattr__(self, "offload", tuple(self.offload))
             for name in self.offload:
                 _one_of("offload", name, get_args(Offloaded))
+        if self.remat not in (None, "stage"):
+            Remat.parse(self.remat)  # raises where it is not understood
         if self.pipeline is not None:
             named(self.pipeline, self.chunks)  # raises where there is no such schedule
         self._check_optimizer()
@@ -147,14 +164,15 @@ class TrainConfig:
         if self.decay is not None and self.schedule != "wsd":
             raise ValueError(f"TrainConfig.decay={self.decay} is for schedule='wsd', not {self.schedule!r}.")
 
-    def with_plan(self, plan: Plan | None) -> "TrainConfig":
-        """This config with what it leaves open filled in, from `plan` if there is one."""
+    def with_plan(self, plan: Plan | None, defaults: Defaults | None = None) -> "TrainConfig":
+        """This config with what it leaves open filled in: from `defaults`, else `plan`, as far as there are any."""
         given = dict(USUAL)
         if plan is not None:
             layout = plan.layout
             given |= {"precision": plan.workload.precision, "remat": layout.remat, "microbatches": layout.microbatches}
             given |= {"pipeline": layout.schedule, "offload": layout.offload}
             given |= {"chunks": layout.chunks if self.pipeline is None else None}
+        given |= defaults.given if defaults else {}
         left_open = {name: value for name, value in given.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **left_open)
 

@@ -31,6 +31,7 @@ def test_json_and_back(tmp_path):
         ({"optimizer": 3}, ["TrainConfig.optimizer=3", "optax"]),
         ({"schedule": "cosin"}, ["'cosin'", "'cosine'"]),
         ({"precision": "fp8"}, ["'fp8'", "'mixed'"]),
+        ({"remat": "some"}, ["'some'", "dots"]),
         ({"pipeline": "2f2b"}, ["'2f2b'"]),
         ({"offload": ("gradients",)}, ["'gradients'", "'optimizer'"]),
         ({"on_nonfinite": "ignore"}, ["'ignore'", "'skip'"]),
@@ -42,7 +43,7 @@ def test_json_and_back(tmp_path):
     ],
 )
 def test_what_cannot_be_is_refused_by_name(fields, words):
-    with pytest.raises(ValueError, match=r"TrainConfig|schedule") as raised:
+    with pytest.raises(ValueError, match=r"TrainConfig|schedule|remat") as raised:
         TrainConfig(**{"steps": 10} | fields)
     assert all(word in str(raised.value) for word in words), raised.value
 

@@ -2,22 +2,28 @@
 
     python -m benchmarks.pipeline                       memory for 64 H100 and 64 TPU v5p (minutes a row), then time
     python -m benchmarks.pipeline --clusters h100:8x8   memory for some clusters; --clusters none: for none
+    python -m benchmarks.pipeline --microbatches 32     one number of microbatches in place of 16, 32 and 64
     python -m benchmarks.pipeline --no-time
 
 Memory is of a whole step of training in the shape of Llama 2 70B over 8 stages and 8 ways of tp, one sequence of 4096
-a microbatch. It needs the compilers (`python -m tbjax.planner.compilers`) and no accelerator. Between the stages there
-may be nothing but permutes, and one sum of the ends' gradients after the loop: anything else is an error.
+a microbatch, layers run again in the backward pass. It needs the compilers (`python -m tbjax.planner.compilers`) and no
+accelerator. `simulated` is what the simulator says that a stage holds at its peak, in bytes, on top of what 1F1B's
+program takes beside its activations. Between the stages there may be nothing but permutes, and one sum of the ends'
+gradients after the loop: anything else is an error.
 
 Time is of a small model on virtual CPU devices, which share the machine's cores: a pipeline cannot be faster here, and
-what it takes beyond the same work without one is what the executor adds. Ticks are those of the grid, beside those of
-the simulator.
+what it takes beyond the same work without one is what the executor adds. Contenders are the step without a pipeline,
+and GPipe as a scan that JAX differentiates (`benchmarks.plain_gpipe`). Ticks are those of the grid, beside those of the
+simulator.
 """
 
 import argparse
+import dataclasses
+import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 DEVICES = 8
@@ -30,12 +36,15 @@ import numpy as np  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from benchmarks import plain_gpipe  # noqa: E402
 from tbjax.config import LayerKind, ModelConfig  # noqa: E402
 from tbjax.mesh import make_mesh  # noqa: E402
 from tbjax.model import Decoder  # noqa: E402
+from tbjax.pipeline.graph import holding  # noqa: E402
 from tbjax.pipeline.grid import lay_out  # noqa: E402
-from tbjax.pipeline.schedule import Kind, named  # noqa: E402
+from tbjax.pipeline.schedule import Kind, Schedule, named  # noqa: E402
 from tbjax.pipeline.simulate import Times, simulate  # noqa: E402
+from tbjax.pipeline.stages import cut_for  # noqa: E402
 from tbjax.planner.verify import Verification, verify  # noqa: E402
 from tbjax.planner.workload import Layout, Workload  # noqa: E402
 from tbjax.sharding import Sharding  # noqa: E402
@@ -54,9 +63,10 @@ LLAMA_2_70B = ModelConfig(
     layer_kinds=(LayerKind(),) * 80,
     max_positions=4096,
 )
-ROWS: tuple[tuple[Any, int], ...] = (
-    ("gpipe", 16), ("gpipe", 32), ("1f1b", 16), ("1f1b", 32), ("1f1b", 64), ("interleaved", 32), ("zb-h1", 32),
-)  # fmt: skip
+STAGES_70B = TP_70B = 8
+SEQUENCE_70B = 4096
+# 1F1B first: what its program takes beside its activations is what the others' figures are put on.
+SCHEDULES: tuple[Any, ...] = ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-h2", "zb-v")
 
 SMALL = ModelConfig(
     family="llama",
@@ -70,33 +80,49 @@ SMALL = ModelConfig(
     max_positions=256,
 )
 STAGES, MICROBATCHES, SEQUENCE = 4, 8, 128
-REPEATS = 5
+REPEATS = 7
 
 
-def memory(console: Console, cluster: str) -> None:
+def memory(console: Console, cluster: str, counts: Sequence[int]) -> None:
     """Prints what each schedule takes on `cluster`."""
     table = Table(title=f"Llama 2 70B, pp=8 x tp=8 on {cluster}: GiB per device", title_justify="left")
-    for heading in ("schedule", "m", "arguments", "temp", "compile s"):
+    for heading in ("schedule", "m", "arguments", "temp", "simulated", "temp / simulated", "compile s"):
         table.add_column(heading, justify="left" if heading == "schedule" else "right")
-    temps = {}
-    for schedule, microbatches in ROWS:
-        chunks = 2 if schedule == "interleaved" else 1
-        layout = Layout(pp=8, tp=8, microbatches=microbatches, schedule=schedule, chunks=chunks)
-        work = Workload(global_batch=microbatches, seq_len=4096)
+    temps: dict[tuple[str, int], float] = {}
+    base = 0.0
+    for name, microbatches in itertools.product(SCHEDULES, counts):
+        chunks = 2 if name == "interleaved" else 1
+        layout = Layout(pp=STAGES_70B, tp=TP_70B, microbatches=microbatches, schedule=name, chunks=chunks)
+        work = Workload(global_batch=microbatches, seq_len=SEQUENCE_70B)
         found = verify(LLAMA_2_70B, work, layout, cluster, timeout=1800)
         check_transfers(found)
-        held = found.compiled.bytes
-        temps[schedule, microbatches] = held["temp"]
-        table.add_row(
-            schedule,
-            str(microbatches),
-            f"{held['argument'] / GIB:.2f}",
-            f"{held['temp'] / GIB:.2f}",
-            f"{found.compile_seconds:.0f}",
-        )
+        temp = temps[name, microbatches] = found.compiled.bytes["temp"]
+        held = activations(named(name, chunks), microbatches)
+        base = base or temp - held
+        cells = found.compiled.bytes["argument"] / GIB, temp / GIB, (base + held) / GIB, temp / (base + held)
+        table.add_row(name, str(microbatches), *(f"{cell:.2f}" for cell in cells), f"{found.compile_seconds:.0f}")
+        console.print(name, microbatches, *(f"{cell:.2f}" for cell in cells), style="dim")
     console.print(table)
-    console.print(f"1F1B / GPipe at m=32: {temps['1f1b', 32] / temps['gpipe', 32]:.2f}")
-    console.print(f"1F1B at m=64 / at m=16: {temps['1f1b', 64] / temps['1f1b', 16]:.3f}\n")
+    for count in counts:
+        console.print(f"1F1B / GPipe at m={count}: {temps['1f1b', count] / temps['gpipe', count]:.2f}")
+    for name in SCHEDULES:
+        console.print(f"{name}: m={counts[-1]} / m={counts[0]}: {temps[name, counts[-1]] / temps[name, counts[0]]:.3f}")
+
+
+def activations(schedule: Schedule, microbatches: int) -> float:
+    """Bytes that a stage's device holds at most for backwards and weight gradients to come, as the simulator has it."""
+    config, layers = LLAMA_2_70B, LLAMA_2_70B.layers / STAGES_70B
+    # From forward to backward every layer's input, which tp does not cut.
+    token = 2 * layers
+    kept = token * config.embed
+    # From input gradient to weight gradient, of every matmul its input and the gradient of its output, of which tp cuts
+    # those that are as wide as heads or the MLP are.
+    whole = 4 * config.embed  # inputs of query, key and value and of gate and up; gradients of both blocks' outputs
+    cut = 2 * config.heads * config.head_dim + 2 * config.kv_heads * config.head_dim + 3 * config.mlp
+    pairs = token * (whole + cut / TP_70B)
+    orders = schedule.tasks(STAGES_70B, microbatches)
+    peak = max(max(holding(order, pairs / kept)) for order in orders) / schedule.chunks
+    return SEQUENCE_70B * kept * peak
 
 
 def check_transfers(found: Verification) -> None:
@@ -109,43 +135,48 @@ def check_transfers(found: Verification) -> None:
 
 
 def timing(console: Console) -> None:
-    """Prints what each schedule takes on virtual CPU devices, and the same work without a pipeline."""
+    """Prints what each schedule takes on virtual CPU devices, beside the same work in a plain pipeline and in none."""
     sharding = Sharding(make_mesh({"pp": STAGES}, jax.devices()[:STAGES]))
     alone = Sharding(make_mesh({"dp": 1}, jax.devices()[:1]))
     tokens = np.random.default_rng(0).integers(0, SMALL.vocab_size, (MICROBATCHES, SEQUENCE + 1)).astype(np.int32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
-    table = Table(title=f"{STAGES} stages, {MICROBATCHES} microbatches on one CPU", title_justify="left")
-    for heading in ("schedule", "ticks", "simulated", "s", "beside none"):
-        table.add_column(heading, justify="left" if heading == "schedule" else "right")
-    contenders: dict[str, Callable[[], Any]] = {"none": runner(alone, batch, None)}
+    contenders = {"none": runner(alone, batch, None), "plain": runner(sharding, batch, "plain")}
     contenders |= {name: runner(sharding, batch, name) for name in ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")}
+    losses = {name: float(run()[0]) for name, run in contenders.items()}
+    if not np.allclose([*losses.values()], losses["none"], rtol=1e-5):
+        raise RuntimeError(f"these are not the same work: {losses}")
     seconds = measured(contenders)
+    table = Table(title=f"{STAGES} stages, {MICROBATCHES} microbatches on one CPU", title_justify="left")
+    for heading in ("schedule", "ticks", "simulated", "tasks", "simulated", "s", "beside none", "beside plain"):
+        table.add_column(heading, justify="left" if heading == "schedule" else "right")
     for name, taken in seconds.items():
-        ticks = simulated = ""
-        if name != "none":
-            schedule = named(name)
-            grid = lay_out(schedule, STAGES, MICROBATCHES, saves=True)
-            half = schedule.chunks * (1 if Kind.BACKWARD_WEIGHT in grid.kinds else 0.5)
-            times = Times(forward=schedule.chunks, backward_input=half, backward_weight=half)
-            ticks, simulated = str(grid.ticks), f"{simulate(schedule, STAGES, MICROBATCHES, times).makespan:g}"
-        table.add_row(name, ticks, simulated, f"{taken:.2f}", f"{taken / seconds['none']:.2f}")
+        figures = [""] * 4 if name in ("none", "plain") else map(str, ticks(named(name)))
+        beside = (f"{taken / seconds[other]:.2f}" for other in ("none", "plain"))
+        table.add_row(name, *figures, f"{taken:.3f}", *beside)
     console.print(table)
 
 
-def runner(sharding: Sharding, batch: Batch, schedule: str | None) -> Callable[[], Any]:
-    """A function that computes the gradients of one step and waits for them."""
+def ticks(schedule: Schedule) -> tuple[int, int, int, int]:
+    """Ticks of the grid and of the simulator, tasks of the grid and of the simulator."""
+    grid = lay_out(schedule, STAGES, MICROBATCHES, saves=True)
+    half = schedule.chunks * (1 if Kind.BACKWARD_WEIGHT in grid.kinds else 0.5)
+    times = Times(forward=schedule.chunks, backward_input=half, backward_weight=half)
+    timeline = simulate(schedule, STAGES, MICROBATCHES, times)
+    return grid.ticks, round(timeline.makespan), grid.tasks, sum(map(len, timeline.tasks))
+
+
+def runner(sharding: Sharding, batch: Batch, name: str | None) -> Callable[[], Any]:
+    """A function that computes the loss and gradients of one step and waits for them."""
+    schedule = None if name in (None, "plain") else named(name)
+    sharding = dataclasses.replace(sharding, cut=cut_for(SMALL, schedule, sharding.size("pp")))
     make = lambda: Decoder(SMALL, sharding, key=jax.random.key(0))  # noqa: E731
     placed = sharding.place(jax.eval_shape(make))
     model = jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, placed))()
+    how = {"dtype": jnp.float32, "remat": "full", "microbatches": MICROBATCHES, "schedule": schedule}
     run = jax.jit(
-        lambda model, batch: gradients_of(
-            model,
-            batch,
-            dtype=jnp.float32,
-            remat="full",
-            microbatches=MICROBATCHES,
-            schedule=None if schedule is None else named(schedule),
-        )
+        (lambda model, batch: plain_gpipe.loss_and_gradients(model, batch, MICROBATCHES))
+        if name == "plain"
+        else (lambda model, batch: gradients_of(model, batch, **how))
     )
     return lambda: jax.block_until_ready(run(model, batch))
 
@@ -165,12 +196,13 @@ def measured(contenders: dict[str, Callable[[], Any]]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What pipelines take, in memory and time.")
     parser.add_argument("--clusters", nargs="+", default=["h100:8x8", "v5p:4x4x4"], help="clusters of 64, or none")
+    parser.add_argument("--microbatches", nargs="+", type=int, default=[16, 32, 64])
     parser.add_argument("--no-time", action="store_true")
     arguments = parser.parse_args()
     console = Console()
     for cluster in arguments.clusters:
         if cluster != "none":
-            memory(console, cluster)
+            memory(console, cluster, arguments.microbatches)
     if not arguments.no_time:
         timing(console)
 

@@ -145,7 +145,7 @@ def _train(
         Kind.BACKWARD_INPUT: training.backward,
         Kind.BACKWARD_WEIGHT: late,
     }
-    state = _walk(cells, grid, tasks, parts, stage, training.start(grid.kept_slots, grid.pair_slots))
+    state = _walk(cells, grid, tasks, parts, stage, training.start(grid.kept_slots))
     sums = Weights(exchange.back(state.sums.layers), jax.lax.psum(state.sums.ends, "pp"))
     gradients = jax.tree.map(lambda total, weight: total.astype(weight.dtype), join(model, sums), model)
     return jax.lax.psum(state.loss, "pp"), gradients

@@ -6,9 +6,10 @@ simulated with tasks that take equally long and transfers that take no time: it 
 lasts.
 
 Activations and gradients between pieces have one shape, so one pool of slots per stage serves for both: an activation
-from its arrival until its last use, a gradient likewise. What forwards keep for backwards and the pairs of which weight
-gradients are made have pools of their own. Each pool is as deep as the stage that needs most at any
-moment, and no deeper: a slot is taken again as soon as it is free.
+from its arrival until its last use, a gradient likewise. A pool of its own is for what a stage needs again itself: a
+microbatch has one slot of it from its forward in a piece until its last gradient there, for what the backward needs and
+then for the pairs of which weight gradients are made. Each pool is as deep as the stage that needs most at any moment,
+and no deeper: a slot is taken again as soon as it is free.
 """
 
 import dataclasses
@@ -37,8 +38,7 @@ class Cell(NamedTuple):
     microbatch: Any
     activation: Any  # the slot in which the piece's input stands
     gradient: Any  # the slot in which the gradient of its output stands
-    kept: Any  # the slot into which a forward puts what its backward needs, and from which that takes it
-    pairs: Any  # the slot into which an input gradient puts pairs, and from which a weight gradient takes them
+    kept: Any  # the slot of what the stage itself needs again: from a forward to the last gradient that it leads to
     own: Any  # the slot for what this tick makes, where the stage itself uses it
     from_before: Any  # the slot for what the stage before makes in this tick
     from_after: Any  # the slot for what the stage after makes in this tick
@@ -54,7 +54,6 @@ class Grid:
     cells: Cell
     slots: int  # of activations and gradients
     kept_slots: int
-    pair_slots: int
     down: tuple[tuple[int, int], ...]  # (sender, receiver): transfers to the next stage, from the last one to the first
     up: tuple[tuple[int, int], ...]  # and to the one before
 
@@ -98,11 +97,10 @@ def lay_out(schedule: Schedule, stages: int, microbatches: int, *, saves: bool =
             cells.kind[tick, stage], cells.chunk[tick, stage], cells.microbatch[tick, stage] = task
             cells.position[tick, stage] = graph.position[index]
     slots, down, up = _place_transfers(schedule, graph, ticks, cells, saves)
-    kept_slots = _place_own(graph, ticks, cells.kept, Kind.FORWARD, (Kind.BACKWARD, Kind.BACKWARD_INPUT))
-    pair_slots = _place_own(graph, ticks, cells.pairs, Kind.BACKWARD_INPUT, (Kind.BACKWARD_WEIGHT,))
+    kept_slots = _place_own(graph, ticks, cells.kept, saves)
     for array in cells:
         array.setflags(write=False)
-    return Grid(stages, schedule.chunks, microbatches, cells, slots, kept_slots, pair_slots, down, up)
+    return Grid(stages, schedule.chunks, microbatches, cells, slots, kept_slots, down, up)
 
 
 def _ticks(graph: Graph, stages: int) -> list[int]:
@@ -178,22 +176,20 @@ def _direction(schedule: Schedule, sender: int, receiver: int, stages: int) -> i
     )
 
 
-def _place_own(graph: Graph, ticks: list[int], column: np.ndarray, writes: Kind, reads: tuple[Kind, ...]) -> int:
-    """Gives a slot to what one task of a stage leaves for a later one; returns how many there are."""
+def _place_own(graph: Graph, ticks: list[int], column: np.ndarray, saves: bool) -> int:
+    """Gives a slot to every microbatch in a piece, for as long as its stage has to hold something of it; returns how
+    many there are. Where forwards keep nothing, that begins with the backward."""
     depth = 0
     for stage, indices in enumerate(graph.indices):
-        begun: dict[tuple[int, int], int] = {}
-        found = []
+        held: dict[tuple[int, int], list[int]] = {}
         for index in indices:
-            place = graph.position[index], graph.microbatch[index]
-            if graph.kind[index] is writes:
-                begun[place] = ticks[index]
-            elif graph.kind[index] in reads:
-                found.append(_Stay(begun[place], ticks[index], index))
-        slots, used = _colour(found)
+            if saves or graph.kind[index] is not Kind.FORWARD:
+                held.setdefault((graph.position[index], graph.microbatch[index]), []).append(ticks[index])
+        stays = {ticks[0]: ticks for ticks in held.values() if len(ticks) > 1}
+        slots, used = _colour(_Stay(start, ticks[-1], start) for start, ticks in stays.items())
         depth = max(depth, used)
-        for stay in found:
-            column[[stay.start, stay.end], stage] = slots[stay.what]
+        for start, slot in slots.items():
+            column[stays[start], stage] = slot
     return depth
 
 

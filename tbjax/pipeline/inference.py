@@ -6,8 +6,10 @@ the stages once. Writing, groups go round: the last stage chooses the next token
 begins it with on to the first, which by then is done with all other groups. A stage keeps the keys and values of its
 own layers, of all groups; nothing else travels than the residual stream of one group, between neighbours.
 
-With fewer rows than stages some stages idle: one row is written as fast as one device would write it, and it is for its
-memory that a pipeline is there.
+With fewer rows than stages some stages have nothing to do: one row is written as fast as one device would write it, and
+it is for its memory that a pipeline is there. A stage that has nothing to do computes all the same, and what comes out
+is dropped. A tick lasts as long as its longest task, so that costs no time, and it lets all devices run the very same
+operations: however the compiler cuts those within a stage, no device waits for one that does something else.
 
 G groups, B rows of one, S tokens of a prompt, T capacity of the cache, K key-value heads, N head dimension, L rows of a
 stage's part of the stack.
@@ -28,7 +30,6 @@ from tbjax.pipeline.exchange import Exchange, route, table
 from tbjax.pipeline.execute import pipelined_hidden
 from tbjax.pipeline.schedule import ForwardOnly
 from tbjax.pipeline.stages import Stage, cuts, join, specs, split
-from tbjax.pipeline.training import when
 
 # Of each position in the pattern the keys and the values, [L, G, B, T, K, N].
 Caches = list[tuple[jax.Array, jax.Array]]
@@ -78,19 +79,16 @@ def prefill(model: Decoder, tokens: jax.Array, mask: jax.Array, capacity: int) -
         positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
         nothing = jnp.zeros((shape[1], capacity), bool)
 
-        def turn(group: jax.Array, carry: Any) -> Any:
+        def tick(number: jax.Array, carry: Any) -> Any:
             x, caches, first = carry
+            group = jnp.clip(number - stage.index, 0, shape[0] - 1)
+            mine = group == number - stage.index
             empty = KVCache([], nothing, jnp.int32(0))
             around = stage.model.surroundings(tokens[group], mask[group], positions[group], empty)
-            x = when(stage.is_first, lambda x: stage.begin(tokens[group]), x)
-            x, caches = stage.run(x, around, caches, group)
-            chosen = lambda first: first.at[group].set(stage.best(x[:, -1:])[:, 0])  # noqa: E731
-            return x, caches, when(stage.is_last, chosen, first)
-
-        def tick(number: jax.Array, carry: Any) -> Any:
-            group = number - stage.index
-            x, *rest = when((group >= 0) & (group < shape[0]), lambda carry: turn(group, carry), carry)
-            return stage.hand_on(x), *rest
+            x = jnp.where(stage.is_first, stage.begin(tokens[group]), x)
+            x, caches = stage.run(x, around, caches, group, mine)
+            chosen = jnp.where(mine & stage.is_last, stage.best(x[:, -1:])[:, 0], first[group])
+            return stage.hand_on(x), caches, first.at[group].set(chosen)
 
         carry = stage.nothing(tokens.shape[1:]), stage.caches(shape, capacity), jnp.zeros(shape, jnp.int32)
         _, caches, first = jax.lax.fori_loop(0, shape[0] + stage.cut.stages - 1, tick, carry)
@@ -114,28 +112,24 @@ def decode(
         first, valid, length, eos, limit, turns, caches = given
         slots = jnp.arange(valid.shape[-1])
 
-        def turn(group: jax.Array, step: jax.Array, carry: Any) -> Any:
-            x, caches, out, done = carry
-            known = valid[group] | ((slots >= length) & (slots < length + step))
-            position = jnp.sum(known, axis=1, keepdims=True)
-            token = first[group][:, None]  # its shape counts, and to begin with its value
-            around = stage.model.surroundings(token, None, position, KVCache([], known, length + step))
-            x = when(stage.is_first & (step == 0), lambda x: stage.begin(token), x)
-            x, caches = stage.run(x, around, caches, group)
-            x, out, done = when(stage.is_last, lambda carry: end(group, step, *carry), (x, out, done))
-            return x, caches, out, done
-
-        def end(group: jax.Array, step: jax.Array, x: jax.Array, out: jax.Array, done: jax.Array) -> Any:
-            token = stage.best(x)
-            out = out.at[group, :, step + 1].set(token[:, 0])
-            return stage.begin(token), out, done.at[group].set(done[group] | jnp.isin(token[:, 0], eos))
-
         def tick(number: jax.Array, carry: Any) -> Any:
+            x, caches, out, done = carry
             group = (number - stage.index) % stage.cut.stages
             step = (number - stage.index - group) // stage.cut.stages
             mine = (group < shape[0]) & (step >= 0) & (step < limit - 1)
-            x, *rest = when(mine, lambda carry: turn(group, step, carry), carry)
-            return stage.hand_on(x), *rest
+            group, step = jnp.minimum(group, shape[0] - 1), jnp.clip(step, 0, room - 2)
+            known = valid[group] | ((slots >= length) & (slots < length + step))
+            position = jnp.sum(known, axis=1, keepdims=True)
+            token = out[group, :, :1]  # what the prompt led to; of later ones only the states come by
+            around = stage.model.surroundings(token, None, position, KVCache([], known, length + step))
+            x = jnp.where(stage.is_first & (step == 0), stage.begin(token), x)
+            x, caches = stage.run(x, around, caches, group, mine)
+            token = stage.best(x)
+            x = jnp.where(stage.is_last, stage.begin(token), x)
+            mine &= stage.is_last
+            out = out.at[group, :, step + 1].set(jnp.where(mine, token[:, 0], out[group, :, step + 1]))
+            done = done.at[group].set(done[group] | (mine & jnp.isin(token[:, 0], eos)))
+            return stage.hand_on(x), caches, out, done
 
         def circle(state: Any) -> Any:
             """Once round all stages: about one token of every row."""
@@ -191,18 +185,21 @@ class _Stage(Stage):
         empty = _kept(self.model, empty)
         return [(empty, empty) for _ in config.groups[0].pattern]
 
-    def run(self, x: jax.Array, around: Surroundings, caches: Caches, group: jax.Array) -> tuple[jax.Array, Caches]:
-        """All of the stage's layers for one group."""
+    def run(
+        self, x: jax.Array, around: Surroundings, caches: Caches, group: jax.Array, mine: jax.Array
+    ) -> tuple[jax.Array, Caches]:
+        """All of the stage's layers for one group; caches keep what comes out if it is `mine`."""
 
         def layer(row: jax.Array, carry: tuple[jax.Array, Caches]) -> tuple[jax.Array, Caches]:
             x, caches = carry
             old = jax.tree.map(lambda a: a[row, group], caches)
-            x, new, _ = self.model.repeat(0, self.row(row), x, around, old)
-            return x, jax.tree.map(lambda a, b: _kept(self.model, a.at[row, group].set(b)), caches, new)
+            out, new, _ = self.model.repeat(0, self.row(row), x, around, old)
+            if not self.cut.even:  # a stage that has fewer layers lets the group pass through the others
+                out = jnp.where(row < self.spans[0, 1], out, x)
+            new = jax.tree.map(lambda a, b: jnp.where(mine, b, a), old, list(new))
+            return out, jax.tree.map(lambda a, b: _kept(self.model, a.at[row, group].set(b)), caches, new)
 
-        # Of a single chunk the rows are the first ones.
-        count = self.rows if self.cut.even else self.spans[0, 1]
-        return jax.lax.fori_loop(0, count, layer, (x, caches))
+        return jax.lax.fori_loop(0, self.rows, layer, (x, caches))
 
     def hand_on(self, x: jax.Array) -> jax.Array:
         """What the stage before has made; the last is before the first."""

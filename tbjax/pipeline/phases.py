@@ -6,13 +6,15 @@ little as possible kept in between:
     forward    the layer's output, and what `remat` says is kept of the way there
     backward   from what was kept: the gradient of the layer's input (what the stage before waits for), whatever comes
                out on the way, and the pairs from which the rest follows
-    weights    the gradients of the weights, from pairs
+    weights    the gradients of the weights, from pairs, and from what was kept and is needed twice
 
 Nothing is computed in two of the parts except by the remat policy, so splitting the backward costs no arithmetic. It is
 done on the traced program, a list of equations, and so works for any layer: equations of the backward pass that the
 input's gradient needs cannot wait; of the others the matmuls wait, with all that follows from them. What else there is
 (the gradients of norms' scales, of biases) is small and follows from large arrays, which need then not be kept. The
-pairs are the operands of the matmuls that wait: for a weight, its input and the gradient of its output.
+pairs are the operands of the matmuls that wait: for a weight, its input and the gradient of its output. Where what was
+kept stays until the weights' gradients are made, what is kept anyway is no pair, and the gradient of the layer's output
+takes the place of its input, which is of the same shape and has been used by then.
 
 What follows from the weights and the surroundings alone (a gathered or cast weight, a mask) is never kept, and made
 again in every part that needs it: with FSDP, keeping gathered weights would keep the whole model on every device.
@@ -51,21 +53,34 @@ Gradients = dict[int, jax.Array]  # by the weight's place among the leaves
 class Phases:
     """The parts of a layer `layer(weights, surroundings, x) -> y`, for arguments of one shape.
 
-    `kept` and `pairs` are the shapes of what goes from forward to backward and from backward to weights.
+    `kept` and `pairs` are the shapes of what goes from forward to backward and from backward to weights; `places` says
+    of each pair which of those kept it may take the place of, or None.
     """
 
     forward: Callable[[Any, Any, Any], tuple[Any, tuple[jax.Array, ...]]]  # weights, surroundings, x -> y, kept
     # weights, surroundings, kept, gradient of y -> gradient of x, gradients of weights so far, pairs
     backward: Callable[[Any, Any, Sequence[jax.Array], Any], tuple[Any, Gradients, tuple[jax.Array, ...]]]
-    weights: Callable[[Any, Any, Sequence[jax.Array]], Gradients]  # weights, surroundings, pairs -> the others
+    # weights, surroundings, kept, pairs -> the others
+    weights: Callable[[Any, Any, Sequence[jax.Array], Sequence[jax.Array]], Gradients]
     kept: tuple[jax.ShapeDtypeStruct, ...]
     pairs: tuple[jax.ShapeDtypeStruct, ...]
+    places: tuple[int | None, ...]
 
 
 def take_apart(
-    layer: Callable[[Any, Any, Any], Any], weights: Any, surroundings: Any, x: Any, *, remat: Policy, split: bool
+    layer: Callable[[Any, Any, Any], Any],
+    weights: Any,
+    surroundings: Any,
+    x: Any,
+    *,
+    remat: Policy,
+    split: bool,
+    stays: bool,
 ) -> Phases:
-    """The phases of `layer`; without `split` no gradient waits. Arguments are arrays or their shapes."""
+    """The phases of `layer`; without `split` no gradient waits. Arguments are arrays or their shapes.
+
+    `stays` says that what is kept for the backward is still there, in a place of its own, when the weights' turn comes.
+    """
 
     def whole(weights: Any, surroundings: Any, x: Any, of_y: Any) -> Any:
         y, pull = jax.vjp(lambda weights, x: layer(weights, surroundings, x), weights, x)
@@ -95,8 +110,15 @@ def take_apart(
     early = {i: v for i, v in gradients.items() if v not in put_off}
     later = {i: v for i, v in gradients.items() if v in put_off}
     ready = {v for e in jaxpr.eqns for v in e.outvars if v not in put_off and v not in fixed} | {*into, *above}
-    last, pairs = steps.reach(later.values(), given | ready)
-    pairs = [v for v in pairs if v in ready]
+    if stays:  # what only lies otherwise than something that is kept is laid so again
+        ready -= {v for v in ready if v not in kept and steps.root(v) in kept}
+    last, read = steps.reach(later.values(), given | ready)
+    twice = {v for v in read if v in kept} if stays else set()
+    pairs = [v for v in read if v in ready and v not in twice]
+    # An input and the gradient that stands in its place lie alike, being parts of one kind of payload.
+    free = {above[i]: kept.index(v) for i, v in enumerate(into) if v in kept and v not in twice and i < len(above)}
+    places = [free.get(steps.root(v)) if stays else None for v in pairs]
+    places = [place if place not in places[:i] else None for i, place in enumerate(places)]
     first, _ = steps.reach([*of_x, *early.values(), *pairs], given | {*kept, *above})
     ahead, _ = steps.reach([*out, *kept], given | {*into})
 
@@ -117,11 +139,11 @@ def take_apart(
         x_values, found, pair_values = _cut(values, len(of_x), len(early))
         return jax.tree.unflatten(x_tree, x_values), dict(zip(early, found, strict=True)), tuple(pair_values)
 
-    def of_the_weights(weights: Any, surroundings: Any, pair_values: Any) -> Gradients:
-        bound = (standing, (weights, surroundings)), (pairs, pair_values)
+    def of_the_weights(weights: Any, surroundings: Any, kept_values: Any, pair_values: Any) -> Gradients:
+        bound = (standing, (weights, surroundings)), (kept, kept_values), (pairs, pair_values)
         return dict(zip(later, run(last, later.values(), *bound), strict=True))
 
-    return Phases(forward, backward, of_the_weights, _shapes(kept), _shapes(pairs))
+    return Phases(forward, backward, of_the_weights, _shapes(kept), _shapes(pairs), tuple(places))
 
 
 class _Steps:
@@ -138,6 +160,17 @@ class _Steps:
             if all(v in known for v in _inputs(equation)):
                 known.update(equation.outvars)
         return known
+
+    def root(self, variable: Any) -> Any:
+        """What a variable is but another layout of."""
+        while (number := self.number.get(variable)) is not None:
+            equation = self.equations[number]
+            source = equation.invars[0] if len(equation.invars) == 1 else None
+            alike = isinstance(source, Var) and _shapes([source]) == _shapes([variable])
+            if equation.primitive.name not in (*CASTS_AND_RELAYOUTS, "name") or not alike:
+                break
+            variable = source
+        return variable
 
     def reach(self, wanted: Iterable[Any], given: set[Var]) -> tuple[list[int], list[Var]]:
         """The equations that make `wanted` from `given`, in order, and what of `given` they (or you) read."""

@@ -12,7 +12,7 @@ passes through a branch XLA copies, and with a loop it does not: a copy of all g
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import jax
@@ -37,8 +37,8 @@ class State(NamedTuple):
     """What tasks add to."""
 
     sums: Weights  # gradients, float32
-    kept: tuple[jax.Array, ...]  # from forwards for backwards, [slots, rows of a piece, ...]
-    pairs: tuple[jax.Array, ...]  # from input gradients for weight gradients, [slots, rows of a piece, ...]
+    kept: tuple[jax.Array, ...]  # for backwards, [slots, rows of a piece, ...]
+    pairs: tuple[jax.Array, ...]  # for weight gradients, but those that stand among the kept, [slots, rows, ...]
     loss: jax.Array
 
 
@@ -61,20 +61,23 @@ class TrainingStage:
         """For microbatches like `part`; `splits` says that weight gradients are tasks of their own."""
         payload = jax.eval_shape(stage.enter, part)
         policy: Policy = "full" if remat == "stage" else remat
-        phases = take_apart(stage.layer, stage.row(0), stage.around(part), payload, remat=policy, split=splits)
-        return cls(stage, loss, phases, remat != "stage")
+        saves = remat != "stage"
+        layer = stage.layer, stage.row(0), stage.around(part), payload
+        return cls(stage, loss, take_apart(*layer, remat=policy, split=splits, stays=saves), saves)
 
-    def start(self, kept_slots: int, pair_slots: int) -> State:
-        """The state before the first task."""
+    def start(self, slots: int) -> State:
+        """The state before the first task. A slot is for one microbatch in one piece, from its forward to its last
+        gradient."""
 
-        def room(slots: int, shapes: Sequence[jax.ShapeDtypeStruct]) -> tuple[jax.Array, ...]:
+        def room(slots: int, shapes: Iterable[jax.ShapeDtypeStruct]) -> tuple[jax.Array, ...]:
             return tuple(jnp.zeros((slots, self.stage.rows, *a.shape), a.dtype) for a in shapes)
 
         weights, laid = split(self.stage.model), self._specs()
         sums = jax.tree.map(lambda a, spec: _laid(jnp.zeros(a.shape, jnp.float32), spec), weights, laid)
         # A backward that runs forward itself needs room for as long as it takes.
-        kept = room(kept_slots if self.saves else 1, self.phases.kept)
-        return State(sums, kept, room(pair_slots, self.phases.pairs), jnp.float32(0))
+        kept = room(slots if self.saves else 1, self.phases.kept)
+        placed = zip(self.phases.pairs, self.phases.places, strict=True)
+        return State(sums, kept, room(slots, (pair for pair, place in placed if place is None)), jnp.float32(0))
 
     def forward(self, cell: Cell, part: Tokens, payload: Payload, state: State) -> tuple[State, Payload]:
         """A piece, keeping what its backward needs; of the last piece, the gradient of what it hands out."""
@@ -95,27 +98,29 @@ class TrainingStage:
             is_last = cell.position == self.stage.last
             state, gradient = when(is_last, lambda carried: self._end(part, *carried), (state, out))
         around, (first, count) = self.stage.around(part), self.stage.span(cell)
-        kept_slot, pair_slot = self._kept_slot(cell), jnp.maximum(cell.pairs, 0)
 
-        def back(turn: jax.Array, carry: tuple[Payload, list[jax.Array], tuple[jax.Array, ...]]) -> Any:
-            (gradient, layers, pairs), row = carry, count - 1 - turn
-            kept = [pool[kept_slot, row] for pool in state.kept]
-            gradient, found, new = self.phases.backward(self.stage.row(first + row), around, kept, gradient)
-            pairs = tuple(pool.at[pair_slot, row].set(a) for pool, a in zip(pairs, new, strict=True))
-            return gradient, self._add(layers, first + row, found), pairs
+        def back(turn: jax.Array, carry: tuple[Payload, State]) -> tuple[Payload, State]:
+            (gradient, state), row = carry, count - 1 - turn
+            kept = self._kept(cell, row, state)
+            if any(place is not None for place in self.phases.places):
+                # All is read before anything takes its place, or the compiler makes a copy of all that is kept.
+                kept, gradient = jax.lax.optimization_barrier((kept, gradient))
+            gradient, found, pairs = self.phases.backward(self.stage.row(first + row), around, kept, gradient)
+            sums = state.sums._replace(layers=self._add(state.sums.layers, first + row, found))
+            return gradient, self._put_pairs(cell, row, pairs, state._replace(sums=sums))
 
-        carry = self.stage.lay(gradient), state.sums.layers, state.pairs
-        gradient, layers, pairs = jax.lax.fori_loop(0, count, back, carry)
+        gradient, state = jax.lax.fori_loop(0, count, back, (self.stage.lay(gradient), state))
         ends = when(cell.position == 0, lambda ends: self._begin(gradient, part, ends), state.sums.ends)
-        return state._replace(sums=Weights(layers, ends), pairs=pairs), gradient
+        return state._replace(sums=state.sums._replace(ends=ends)), gradient
 
     def weights(self, cell: Cell, part: Tokens, state: State) -> State:
         """The weight gradients of a piece, from its pairs."""
         around, (first, count) = self.stage.around(part), self.stage.span(cell)
 
         def add(row: jax.Array, layers: list[jax.Array]) -> list[jax.Array]:
-            pairs = [pool[cell.pairs, row] for pool in state.pairs]
-            return self._add(layers, first + row, self.phases.weights(self.stage.row(first + row), around, pairs))
+            kept, pairs = self._kept(cell, row, state), self._pairs(cell, row, state)
+            found = self.phases.weights(self.stage.row(first + row), around, kept, pairs)
+            return self._add(layers, first + row, found)
 
         layers = jax.lax.fori_loop(0, count, add, state.sums.layers)
         return state._replace(sums=state.sums._replace(layers=layers))
@@ -135,6 +140,23 @@ class TrainingStage:
 
     def _kept_slot(self, cell: Cell) -> Any:
         return jnp.maximum(cell.kept, 0) if self.saves else 0
+
+    def _kept(self, cell: Cell, row: jax.Array, state: State) -> list[jax.Array]:
+        return [pool[self._kept_slot(cell), row] for pool in state.kept]
+
+    def _pairs(self, cell: Cell, row: jax.Array, state: State) -> list[jax.Array]:
+        kept, others = self._kept(cell, row, state), iter(state.pairs)
+        return [next(others)[cell.kept, row] if place is None else kept[place] for place in self.phases.places]
+
+    def _put_pairs(self, cell: Cell, row: jax.Array, pairs: Iterable[jax.Array], state: State) -> State:
+        kept, others = list(state.kept), []
+        rest = iter(state.pairs)
+        for pair, place in zip(pairs, self.phases.places, strict=True):
+            if place is None:
+                others.append(next(rest).at[cell.kept, row].set(pair))
+            else:
+                kept[place] = kept[place].at[self._kept_slot(cell), row].set(pair)
+        return state._replace(kept=tuple(kept), pairs=tuple(others))
 
     def _end(self, part: Tokens, state: State, out: Payload) -> tuple[State, Payload]:
         """The loss of what the last piece hands out, and its gradient."""

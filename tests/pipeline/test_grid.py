@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tbjax.pipeline.graph import NONE, ScheduleError
 from tbjax.pipeline.grid import IDLE, lay_out
-from tbjax.pipeline.schedule import GPipe, Kind, OneFOneB, Schedule, Task
+from tbjax.pipeline.schedule import ZBH1, ZBH2, ZBV, GPipe, Kind, OneFOneB, Schedule, Task
 from tbjax.pipeline.simulate import Times, simulate
 from tests.pipeline.cases import schedules
 
@@ -33,7 +33,8 @@ def test_every_task_finds_in_its_slots_what_was_made_for_it(case, saves):
     cells, last = grid.cells, grid.pieces - 1
     forward_only = grid.kinds in ((Kind.FORWARD, IDLE), (Kind.FORWARD,))
     slots = [[None] * grid.slots for _ in range(stages)]
-    kept, pairs = ([[None] * count for _ in range(stages)] for count in (grid.kept_slots, grid.pair_slots))
+    kept = [[None] * grid.kept_slots for _ in range(stages)]
+    splits = Kind.BACKWARD_WEIGHT in grid.kinds
     done = []
     for tick in range(grid.ticks):
         made = [None] * stages
@@ -49,19 +50,20 @@ def test_every_task_finds_in_its_slots_what_was_made_for_it(case, saves):
                 made[stage] = ("activation", position, microbatch)
                 if saves and position == last and not forward_only:
                     made[stage] = ("gradient", position + 1, microbatch)
-                if not forward_only:
-                    kept[stage][cell.kept] = (position, microbatch)
+                if saves and not forward_only:
+                    kept[stage][cell.kept] = ("for the backward", position, microbatch)
             if cell.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
-                assert kept[stage][cell.kept] == (position, microbatch)
+                if saves:
+                    assert kept[stage][cell.kept] == ("for the backward", position, microbatch)
                 made[stage] = ("gradient", position, microbatch)
                 if saves or position < last:
                     assert slots[stage][cell.gradient] == ("gradient", position + 1, microbatch)
             if (cell.kind == Kind.FORWARD or (made[stage] and not saves)) and position > 0:
                 assert slots[stage][cell.activation] == ("activation", position - 1, microbatch)
             if cell.kind == Kind.BACKWARD_INPUT:
-                pairs[stage][cell.pairs] = (position, microbatch)
+                kept[stage][cell.kept] = ("for the weights", position, microbatch)
             if cell.kind == Kind.BACKWARD_WEIGHT:
-                assert pairs[stage][cell.pairs] == (position, microbatch)
+                assert kept[stage][cell.kept] == ("for the weights", position, microbatch)
         for sender, receiver, column in (
             *((stage, stage, cells.own) for stage in range(stages)),
             *((*link, cells.from_before) for link in grid.down),
@@ -71,6 +73,9 @@ def test_every_task_finds_in_its_slots_what_was_made_for_it(case, saves):
                 assert made[sender] is not None
                 slots[receiver][column[tick, receiver]] = made[sender]
     assert len(set(done)) == len(done) == grid.tasks
+    if saves or splits:
+        peak = max(schedule.limit(stage, stages, microbatches) for stage in range(stages))
+        assert grid.kept_slots <= peak
 
 
 @pytest.mark.parametrize(
@@ -80,6 +85,11 @@ def test_every_task_finds_in_its_slots_what_was_made_for_it(case, saves):
 )
 def test_pools_are_as_deep_as_the_schedule_needs(schedule, slots, kept):
     assert lay_out(schedule, 8, 32).slots == slots
+    assert lay_out(schedule, 8, 32, saves=True).kept_slots == kept
+
+
+@pytest.mark.parametrize(("schedule", "kept"), [(ZBH1(), 8), (ZBH2(), 15), (ZBV(), 16)])
+def test_what_waits_for_weight_gradients_takes_no_more_slots_than_the_schedule_promises(schedule, kept):
     assert lay_out(schedule, 8, 32, saves=True).kept_slots == kept
 
 

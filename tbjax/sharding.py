@@ -391,7 +391,12 @@ def _gathered(value: jax.Array, sharding: Sharding, used: PartitionSpec, stored:
     outermost, and the compiler would otherwise carry that wish through the cast and the slice of a layer to the stack
     of all layers, and keep a second stack in that order for the whole step.
     """
-    return sharding._constrain(_pinned(value, sharding, stored), used)
+    return sharding._constrain(_pinned(value, sharding, _at_rest(sharding, used, stored)), used)
+
+
+def _at_rest(sharding: Sharding, used: PartitionSpec, stored: PartitionSpec) -> PartitionSpec:
+    """How a parameter itself lies: under ZeRO-2 its gradient alone is cut."""
+    return stored if sharding.strategy.cuts_parameters else used
 
 
 def _gathered_forward(value: jax.Array, sharding: Sharding, used: PartitionSpec, stored: PartitionSpec) -> Any:
@@ -419,7 +424,7 @@ def _rounded(value: jax.Array, sharding: Sharding, used: PartitionSpec, stored: 
     travels here is `dtype`, and what comes back is not."""
     value = value.astype(dtype)
     if used != stored:
-        value = _pinned(value, sharding, stored)
+        value = _pinned(value, sharding, _at_rest(sharding, used, stored))
     return sharding._constrain(value, used).astype(cast(Any, sharding.reduce_dtype))
 
 

@@ -23,11 +23,11 @@ from tbjax.pipeline.schedule import OneFOneB, Schedule
 from tbjax.pipeline.stages import is_end
 from tbjax.pipeline.training import StageRemat
 from tbjax.remat import Remat
-from tbjax.sharding import Sharding, to_device
+from tbjax.sharding import Sharding, on_host, to_device
 from tbjax.training.loss import cross_entropy
 from tbjax.training.optimizer import Parameters, as_dict, with_parameters
 from tbjax.training.state import Batch
-from tbjax.training.update import lay
+from tbjax.training.update import added, lay
 
 
 def gradients_of(
@@ -100,13 +100,18 @@ def gradients_of(
 
     def add(carry: tuple[jax.Array, Parameters], part: Batch) -> tuple[tuple[jax.Array, Parameters], None]:
         total, gradients = jax.value_and_grad(loss)(values, place_batch(part, model.sharding))
-        summed = jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry[1], lay_gradients(gradients))
-        return (carry[0] + total, lay_gradients(summed)), None
+        return (carry[0] + total, lay_gradients(added(carry[1], lay_gradients(gradients), model))), None
 
-    zeros = jax.tree.map(lambda a: jnp.zeros_like(a, over_microbatches), values)
     # Row b goes to microbatch b % M, so that a device's rows of every microbatch are rows that it has.
     parts = jax.tree.map(lambda a: a.reshape(-1, microbatches, *a.shape[1:]).swapaxes(0, 1), batch)
-    (total, gradients), _ = jax.lax.scan(add, (jnp.float32(0), lay_gradients(zeros)), parts)
+    if any(map(on_host, values.values())):
+        # Zeros would have to be made on the device: sums in the host's memory begin with the first microbatch.
+        first, parts = jax.tree.map(lambda a: a[0], parts), jax.tree.map(lambda a: a[1:], parts)
+        begin = jax.value_and_grad(loss)(values, place_batch(first, model.sharding))
+    else:
+        zeros = jax.tree.map(lambda a: jnp.zeros_like(a, over_microbatches), values)
+        begin = jnp.float32(0), lay_gradients(zeros)
+    (total, gradients), _ = jax.lax.scan(add, begin, parts)
     return unscaled(total, gradients)
 
 

@@ -147,10 +147,22 @@ def place_state(state: Any, model: nnx.Module, sharding: Sharding, *, host: bool
         leaf = next((found[key] for key in keys if key in found), None)
         where = replicated if leaf is None else _like(leaf, array.shape, sharding)
         if host and leaf is not None:
-            where = where.with_memory_kind(HOST)
+            where = in_host(where)
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def in_host(sharding: Any) -> NamedSharding:
+    """The same place in the memory of the host.
+
+    GPUs that are only compiled for do not say what memories they have, and over such devices JAX drops the kind. Over
+    an abstract mesh it does not, and to the compiler that is the same.
+    """
+    hosted = sharding.with_memory_kind(HOST)
+    if hosted.memory_kind is None:
+        hosted = NamedSharding(sharding.mesh.abstract_mesh, sharding.spec, memory_kind=HOST)
+    return hosted
 
 
 def _like(leaf: Leaf, shape: tuple[int, ...], sharding: Sharding) -> NamedSharding:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tbjax.config import ModelConfig
 from tbjax.model import Decoder
 from tbjax.sharding import Sharding, leaves
-from tbjax.training.optimizer import HOST, Parameters, as_dict, place_state
+from tbjax.training.optimizer import Parameters, as_dict, in_host, place_state
 from tbjax.training.precision import (
     LossScale,
     LossScaling,
@@ -88,9 +88,7 @@ def abstract_state(
     check_offload(offload, rule)
     state = _abstract_optimizer_state(model, rule, offload, frozen)
     if "parameters" in offload:
-        model = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding.with_memory_kind(HOST)), model
-        )
+        model = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=in_host(a.sharding)), model)
     replicated = NamedSharding(sharding.mesh, PartitionSpec())
     rest = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated),
@@ -114,7 +112,7 @@ def init_state(
     placed = _abstract_optimizer_state(model, optimizer, offload, frozen)
     state = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda a: a.sharding, placed))(trainable(model, frozen))
     if "parameters" in offload:
-        model = jax.tree.map(lambda a: jax.device_put(a, a.sharding.with_memory_kind(HOST)), model)
+        model = jax.tree.map(lambda a: jax.device_put(a, in_host(a.sharding)), model)
     replicated = NamedSharding(model.sharding.mesh, PartitionSpec())
     return TrainState(model, state, *jax.device_put(_rest(precision, on_nonfinite, loss_scaling), replicated))
 

@@ -100,6 +100,29 @@ def norm_of(gradients: Parameters, model: Decoder) -> jax.Array:
     return jnp.sqrt(total)
 
 
+def added(totals: Parameters, gradients: Parameters, model: Decoder) -> Parameters:
+    """The sums of gradients with more of them added, those in the host's memory row by row."""
+    result = {path: a + gradients[path].astype(a.dtype) for path, a in totals.items() if not on_host(a)}
+    found = {leaf.path: leaf for leaf in leaves(model) if leaf.path in totals and leaf.path not in result}
+    ways = _Rows(model.sharding.size("pp"))
+
+    def sums(a: Parameters, b: Parameters) -> Parameters:
+        return {path: _to_host(total + to_device(b[path])) for path, total in to_device(a).items()}
+
+    for rows, part in _parts(found):
+        begun, more = _only(part, totals), _only(part, gradients)
+        if rows is None:
+            result |= sums(begun, more)
+            continue
+
+        def add(row: jax.Array, stacks: Parameters, more: Parameters = more) -> Parameters:
+            picked = ({path: ways.pick(a, row) for path, a in tree.items()} for tree in (stacks, more))
+            return {path: ways.put(stacks[path], row, total) for path, total in sums(*picked).items()}
+
+        result |= jax.lax.fori_loop(0, rows // ways.stages, add, begun)
+    return result
+
+
 def _updates(update: Update, gradients: Parameters, state: Any, values: Parameters) -> Any:
     optimizer = optax.with_extra_args_support(update.optimizer)
     # In the parameters' dtype, whatever they were summed in.

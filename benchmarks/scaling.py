@@ -1,0 +1,299 @@
+"""Training steps of large models on large clusters, by the vendors' compilers: do they fit, and what do they send?
+
+    python -m benchmarks.scaling                     compiles what benchmarks/scaling.csv lacks, prints the tables
+    python -m benchmarks.scaling --stored            prints them from that file alone, in seconds
+    python -m benchmarks.scaling --again falcon      compiles again what has the word in its model or its cluster
+    python -m benchmarks.scaling --stored --svg FILE draws the curves
+
+Two tables. The models that others train on such machines, each laid out as `tbjax.plan(..., runnable=True)` lays it
+out; and Llama-2-70B from 64 devices upwards at a fixed batch for each device, which is how training grows. Every
+program is whole, compiled for all of its devices: none of them is there, and no layer is left out.
+
+From the compiler come the bytes of one device and what it exchanges with others in a step. The seconds are the
+planner's, for the very layout that was compiled. Efficiency is that of weak scaling: tokens per second and device, as a
+share of those on the smallest cluster.
+"""
+
+import argparse
+import csv
+import dataclasses
+import importlib.metadata
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from tbjax.planner import words
+from tbjax.planner.cost import Time, mfu, step_time
+from tbjax.planner.hardware import Cluster, cluster
+from tbjax.planner.hlo import Collective
+from tbjax.planner.memory import memory
+from tbjax.planner.plan import Plan
+from tbjax.planner.verify import Verification, verify
+from tbjax.planner.workload import Layout, Workload
+from tbjax.planning import model_config, plan
+
+FILE = Path(__file__).with_suffix(".csv")
+GiB = 1 << 30
+
+# Columns of the tables.
+WIDTH = 128
+
+# Seconds for one compilation: the longest here takes two minutes where nothing else runs.
+TIMEOUT = 3600
+
+
+class Case(NamedTuple):
+    """What is trained, on what."""
+
+    model: str
+    cluster: str
+    rows: int  # sequences in the batch, for each device
+    seq_len: int
+
+    @property
+    def where(self) -> Cluster:
+        return cluster(self.cluster)
+
+    @property
+    def workload(self) -> Workload:
+        return Workload(global_batch=self.rows * self.where.devices, seq_len=self.seq_len)
+
+    def plan(self) -> Plan:
+        rows = self.workload.global_batch
+        return plan(self.model, self.cluster, global_batch=rows, seq_len=self.seq_len, runnable=True)
+
+
+# Sequences as long as the models were pretrained with, on as many devices as leave room for that batch.
+MODELS = (
+    Case("llama-2-70b", "h100:8x8", 1, 4096),
+    Case("llama-2-70b", "v5p:4x4x4", 1, 4096),
+    Case("mixtral-8x7b", "h100:8x8", 2, 4096),
+    Case("mixtral-8x7b", "v5p:4x4x4", 2, 4096),
+    Case("tiiuae/falcon-180B", "h100:32x8", 1, 2048),
+    Case("tiiuae/falcon-180B", "v5p:8x8x8", 1, 2048),
+    Case("meta-llama/Llama-3.1-405B", "h100:64x8", 1, 8192),
+    Case("meta-llama/Llama-3.1-405B", "v5p:8x8x16", 1, 8192),
+)
+
+H100 = tuple(f"h100:{hosts}x8" for hosts in (8, 16, 32, 64, 128, 256, 512))
+V5P = tuple(f"v5p:{t}" for t in "4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16 16x16x24".split())
+CURVES: Mapping[str, Sequence[Case]] = {
+    title: tuple(Case("llama-2-70b", name, 1, 4096) for name in names)
+    for title, names in {"H100": H100, "v5p": V5P}.items()
+}
+CASES = tuple(dict.fromkeys([*MODELS, *(case for curve in CURVES.values() for case in curve)]))
+
+
+class Compiled(NamedTuple):
+    """What the compiler said of a case: bytes on one device, and what that device exchanges in a step."""
+
+    case: Case
+    layout: Layout
+    place: int  # of the layout among those that the planner ranked: 1 unless the compiler let the first ones not fit
+    jax: str
+    argument: int
+    output: int
+    alias: int
+    temp: int
+    peak: int
+    cycles: int  # TPU: the compiler's estimate of what one core computes
+    seconds: float  # of the processor, for the process that compiled: from its imports to its end
+    collectives: tuple[Collective, ...]
+
+    @property
+    def total(self) -> int:
+        """What a device must have free. What libtpu calls temporaries is more than it allocates; its peak is right."""
+        return _needed(self.case.where, self._asdict())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.case.where.hardware.usable
+
+    @property
+    def time(self) -> Time:
+        """The planner's price of the layout."""
+        return step_time(model_config(self.case.model)[0], self.case.workload, self.layout, self.case.where)
+
+    @property
+    def sent(self) -> Counter[str]:
+        """Bytes that leave one device in a step, by the mesh axes along which they go."""
+        result: Counter[str] = Counter()
+        for collective in self.collectives:
+            result["+".join(collective.axes)] += sent(collective, self.layout.mesh)
+        return +result
+
+
+def _needed(where: Cluster, kinds: Mapping[str, int]) -> int:
+    if where.hardware.vendor == "google":
+        return kinds["peak"]
+    return kinds["argument"] + kinds["output"] - kinds["alias"] + kinds["temp"]
+
+
+def sent(collective: Collective, mesh: Mapping[str, int]) -> int:
+    """Bytes that leave each device of a group: of the whole buffer all but its own part, by the algorithms that send
+    least. A sum that all receive is a scattered sum and a gather; a permutation passes its buffer on once."""
+    members = math.prod(mesh[axis] for axis in collective.axes)
+    passes = {"all-reduce": 2.0, "collective-permute": members / (members - 1) if members > 1 else 0.0}
+    return round(collective.bytes * passes.get(collective.kind, 1.0) * (members - 1) / members)
+
+
+# --- Compiling --------------------------------------------------------------------------------------------------------
+
+
+def compile_case(case: Case, console: Console) -> Compiled:
+    """Compiles the best plan, or the next best where the compiler lets it not fit; the last one tried, if none fits."""
+    chosen = case.plan()
+    layouts = [chosen.layout, *(candidate.layout for candidate in chosen.candidates)]
+    for place, layout in enumerate(layouts, 1):
+        console.print(f"{case.model} on {case.cluster}: {words.mesh(layout)} ({words.options(layout)})", style="dim")
+        start = processor()
+        said = verify(chosen.config, chosen.workload, layout, chosen.cluster, timeout=TIMEOUT)
+        found = _compiled(case, layout, place, said, processor() - start)
+        if found.fits and not said.refusal:
+            return found
+        console.print(
+            f"  needs {words.gib(found.total)}: {said.refusal[:200] or 'more than a device has'}", style="dim"
+        )
+    raise RuntimeError(f"{case.model} on {case.cluster}: no layout that the planner ranked fits, says the compiler.")
+
+
+def processor() -> float:
+    """Seconds of the processor so far, of this process and of those that it started and that have ended."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+def _compiled(case: Case, layout: Layout, place: int, said: Verification, seconds: float) -> Compiled:
+    program = said.compiled
+    kinds = {kind: program.bytes[kind] for kind in ("argument", "output", "alias", "temp", "peak")}
+    return Compiled(
+        case=case,
+        layout=layout,
+        place=place,
+        jax=importlib.metadata.version("jax"),
+        cycles=program.cycles,
+        seconds=round(seconds, 1),
+        collectives=program.collectives,
+        **kinds,
+    )
+
+
+# --- Keeping ----------------------------------------------------------------------------------------------------------
+
+_NUMBERS = ("place", "argument", "output", "alias", "temp", "peak", "cycles")
+
+
+def kept(file: Path = FILE) -> dict[Case, Compiled]:
+    """What has been compiled so far."""
+    if not file.exists():
+        return {}
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    found = [
+        Compiled(
+            case=Case(row["model"], row["cluster"], int(row["rows"]), int(row["seq_len"])),
+            layout=Layout(**dict(_setting(word) for word in row["layout"].split())),
+            jax=row["jax"],
+            seconds=float(row["seconds"]),
+            collectives=tuple(_collective(word) for word in row["collectives"].split()),
+            **{name: int(row[name]) for name in _NUMBERS},
+        )
+        for row in rows
+    ]
+    return {one.case: one for one in found}
+
+
+def keep(found: Iterable[Compiled], file: Path = FILE) -> None:
+    """Writes what was compiled: layouts as `fsdp=64 remat=dots`, collectives as `all-gather/fsdp=COUNT*BYTES`."""
+    with file.open("w", newline="") as lines:
+        lines.write("# What the compilers say of whole training steps, for one device: python -m benchmarks.scaling\n")
+        writer = csv.writer(lines, lineterminator="\n")
+        writer.writerow([*Case._fields, "layout", "jax", "seconds", *_NUMBERS, "collectives"])
+        for one in found:
+            usual = Layout()
+            names = [field.name for field in dataclasses.fields(Layout)]
+            layout = [f"{n}={getattr(one.layout, n)}" for n in names if getattr(one.layout, n) != getattr(usual, n)]
+            exchanged = [f"{c.kind}/{'+'.join(c.axes)}={c.count}*{c.bytes}" for c in one.collectives]
+            numbers = [getattr(one, name) for name in _NUMBERS]
+            writer.writerow([*one.case, " ".join(layout), one.jax, one.seconds, *numbers, " ".join(exchanged)])
+
+
+def _setting(word: str) -> tuple[str, Any]:
+    name, _, value = word.partition("=")
+    return name, int(value) if value.isdigit() else {"True": True, "False": False}.get(value, value)
+
+
+def _collective(word: str) -> Collective:
+    (kind, axes), (count, size) = (part.split(by) for part, by in zip(word.split("="), "/*", strict=True))
+    return Collective(kind=kind, axes=tuple(filter(None, axes.split("+"))), count=int(count), bytes=int(size))
+
+
+# --- Showing ----------------------------------------------------------------------------------------------------------
+
+
+def tokens_per_device(one: Compiled) -> float:
+    """Tokens per second that one device trains on, as the planner prices it."""
+    return one.case.rows * one.case.seq_len / one.time.total
+
+
+def efficiencies(curve: Sequence[Compiled]) -> list[float]:
+    """Tokens per second and device, as a share of those on the smallest cluster."""
+    return [tokens_per_device(one) / tokens_per_device(curve[0]) for one in curve]
+
+
+def table(title: str, found: Sequence[Compiled], *, efficiency: bool) -> Table:
+    result = Table(title=title, title_justify="left", box=box.SIMPLE)
+    numbers = ("GiB", "planned", "sent GiB", "compile", "step", "MFU", *(["efficiency"] if efficiency else []))
+    for heading in ("on" if efficiency else "model, on", "mesh", *numbers):
+        result.add_column(heading, justify="right" if heading in numbers else "left", no_wrap=True)
+    shares = efficiencies(found) if efficiency else [0.0] * len(found)
+    for one, share in zip(found, shares, strict=True):
+        case = one.case
+        config, time = model_config(case.model)[0], one.time
+        planned = memory(config, case.workload, one.layout, case.where.hardware).total
+        exchanged = "\n".join(f"{axes} {size / GiB:.1f}" for axes, size in one.sent.most_common() if size > GiB / 20)
+        batch = f"{words.count(case.workload.global_batch)} x {words.count(case.seq_len)}"
+        result.add_row(
+            f"{'' if efficiency else case.model + chr(10)}{case.cluster}\n{batch}",
+            f"{words.mesh(one.layout)}\n{words.options(one.layout)}",
+            f"{one.total / GiB:.1f}",
+            f"{planned / GiB:.1f}",
+            exchanged,
+            f"{one.seconds:.0f} s",
+            words.seconds(time.total),
+            f"{mfu(time, config, case.workload, case.where):.1%}",
+            *([f"{share:.1%}"] if efficiency else []),
+        )
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stored", action="store_true", help="compile nothing")
+    parser.add_argument("--again", metavar="WORD", help="compile again what has the word in its model or its cluster")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the curves")
+    given = parser.parse_args(arguments)
+    console, found = Console(width=WIDTH), kept()
+    for case in () if given.stored else CASES:
+        if case not in found or (given.again and given.again in f"{case.model} {case.cluster}"):
+            found[case] = compile_case(case, console)
+            keep(found[one] for one in CASES if one in found)
+    console.print(table("Models", [found[case] for case in MODELS if case in found], efficiency=False))
+    curves = {title: [found[case] for case in curve if case in found] for title, curve in CURVES.items()}
+    for title, curve in curves.items():
+        console.print(table(f"Llama-2-70B on {title}, one sequence a device", curve, efficiency=True))
+    if given.svg:
+        from benchmarks.scaling_plot import plot
+
+        given.svg.write_text(plot(curves), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

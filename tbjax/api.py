@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.core
@@ -22,7 +22,7 @@ from interop import companions
 from interop.families import Fields, family
 from interop.load import DEFAULT_BUDGET, load_parameters
 from interop.tokenizer import Tokenizer
-from tbjax import checkpoint, generate
+from tbjax import checkpoint, generate, rows
 from tbjax.config import ModelConfig
 from tbjax.dtypes import float_dtype
 from tbjax.layers.linear import shapes_only
@@ -36,6 +36,9 @@ from tbjax.planning import plan as plan  # part of the face
 from tbjax.planning import settings_of
 from tbjax.prompts import Prompt, asked
 from tbjax.sharding import Sharding, ShardingStrategy
+
+if TYPE_CHECKING:
+    from tbjax.training.config import Defaults
 
 log = logging.getLogger("tbjax")
 
@@ -69,7 +72,7 @@ class Origin:
 class CausalLM(Decoder):
     """A `Decoder` with its tokenizer and its Hugging Face config: what `tbjax.load` gives.
 
-    `plan` is the one that it was laid out by, if any.
+    `plan` is the one that it was laid out by, if any; `training_defaults` may say how it is to be trained.
     """
 
     def __init__(
@@ -79,11 +82,13 @@ class CausalLM(Decoder):
         *,
         origin: Origin | None = None,
         plan: Plan | None = None,
+        training_defaults: "Defaults | None" = None,
         **settings: Any,
     ) -> None:
         super().__init__(config, mesh, **settings)
         self.origin = origin
         self.plan = plan
+        self.training_defaults = training_defaults
 
     @property
     def tokenizer(self) -> Any:
@@ -122,6 +127,16 @@ class CausalLM(Decoder):
         eos = _end_tokens(settings.get("eos_token_id"))
         with self._own_mesh():
             return answer(generate.generate(self, rows, max_new_tokens=limit, eos_tokens=eos))
+
+    def moved(
+        self, mesh: MeshSpec, *, sharding: ShardingStrategy | str | None = None, sequence_parallel: bool | None = None
+    ) -> "CausalLM":
+        """A copy of this model on another mesh."""
+        layout = {"sharding": sharding, "sequence_parallel": sequence_parallel, "scan": self.scan}
+        there = abstract(self.config, mesh, dtype=self.dtype, origin=self.origin, **layout)
+        copy = rows.filled(there, self)
+        copy.training_defaults = self.training_defaults
+        return copy
 
     def save_pretrained(self, path: str | Path, **options: Any) -> None:
         """Write a Hugging Face checkpoint: safetensors, config.json, generation config, tokenizer.

@@ -9,7 +9,7 @@ What is given and taken is by path, as a checkpoint has it: parameters, or an op
 
 import functools
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tbjax.cut import HOLE, Cut
 from tbjax.model import Decoder
 from tbjax.sharding import Sharding, leaves
+
+Model = TypeVar("Model", bound=Decoder)
 
 
 def in_order(arrays: Mapping[str, Any], model: Decoder) -> dict[str, Any]:
@@ -47,8 +49,13 @@ def on_stages(arrays: Mapping[str, jax.Array], wanted: Mapping[str, Any], model:
 
 def moved(model: Decoder, sharding: Sharding) -> Decoder:
     """A copy of the model that lies as `sharding` says, on other devices or over other stages."""
+    there = jax.eval_shape(lambda: Decoder(model.config, sharding, dtype=model.dtype, scan=model.scan))
+    return filled(sharding.place(there), model)
+
+
+def filled(there: Model, model: Decoder) -> Model:
+    """`there`, an abstract model of the same config that lies anywhere, with the arrays of `model`."""
     arrays = in_order(dict(zip((leaf.path for leaf in leaves(model)), jax.tree.leaves(model), strict=True)), model)
-    there = sharding.place(jax.eval_shape(lambda: Decoder(model.config, sharding, dtype=model.dtype, scan=model.scan)))
     wanted = dict(zip(arrays, jax.tree.leaves(there), strict=True))
     between = in_order(wanted, there)
     arrays = {path: jax.device_put(array, between[path].sharding) for path, array in arrays.items()}

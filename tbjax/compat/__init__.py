@@ -1,27 +1,53 @@
 """Names under which other libraries' documents know what tbjax does, thin, over the real API.
 
-    pipeline    PipelineParallelConfig, PipelineStage, create_pipeline_stages, GPipeScheduler, InterleavedScheduler,
-                estimate_pipeline_memory
-
-A snippet from there runs with its import line changed, on a model of ours.
+A snippet from there runs with its import line changed, on a model of ours. Names are imported when first asked for.
 """
 
-from tbjax.compat.pipeline import (
-    GPipeScheduler,
-    InterleavedScheduler,
-    PipelineParallelConfig,
-    PipelineStage,
-    create_pipeline_stages,
-    estimate_pipeline_memory,
-    split_batch,
-)
+import importlib
+from typing import Any
 
-__all__ = [
-    "GPipeScheduler",
-    "InterleavedScheduler",
-    "PipelineParallelConfig",
-    "PipelineStage",
-    "create_pipeline_stages",
-    "estimate_pipeline_memory",
-    "split_batch",
-]
+_HOMES = {
+    "auto": ("AutoModelForCausalLM", "init_device_mesh"),
+    "zero": ("DeepSpeedSettings", "deepspeed"),
+    "models": (
+        "ColumnParallelLinear",
+        "DistributedConfig",
+        "DistributedLLMOptimizer",
+        "ParallelismStrategy",
+        "RowParallelLinear",
+        "TensorParallelConfig",
+        "TensorParallelEmbedding",
+        "apply_tensor_parallelism",
+        "create_distributed_llm",
+        "estimate_gpu_requirements",
+    ),
+    "pipeline": (
+        "GPipeScheduler",
+        "InterleavedScheduler",
+        "PipelineParallelConfig",
+        "PipelineStage",
+        "create_pipeline_stages",
+        "estimate_pipeline_memory",
+        "split_batch",
+    ),
+    "training": (
+        "AdvancedFSDPManager",
+        "ModelSharder",
+        "SelectiveGradientCheckpointing",
+        "ShardPlan",
+        "ShardingStrategy",
+    ),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"tbjax.compat.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'tbjax.compat' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -128,7 +128,9 @@ def make_train_step(
     model was laid out by, if any); `options` are those of `tbjax.training.make_step`, and come before it. The first
     state is `tbjax.training.init_state(model, optimizer)`.
     """
-    config = TrainConfig(steps=1, on_nonfinite="keep").with_plan(plan or getattr(model, "plan", None))
+    config = TrainConfig(steps=1, on_nonfinite="keep").with_plan(
+        plan or getattr(model, "plan", None), getattr(model, "training_defaults", None)
+    )
     rule = make_optimizer(optimizer, model) if isinstance(optimizer, str) else optimizer
     return make_step(rule, **config.step_options(model) | options)
 
@@ -153,7 +155,7 @@ class _Run:
         checkpoint_dir: str | Path | None,
         resume: bool,
     ) -> None:
-        config = config.with_plan(getattr(model, "plan", None))
+        config = config.with_plan(getattr(model, "plan", None), getattr(model, "training_defaults", None))
         if config.eval_every is not None and eval_data is None:
             raise ValueError(f"eval_every={config.eval_every}, but there is no eval_data.")
         if config.save_every is not None and checkpoint_dir is None:

@@ -19,6 +19,11 @@ PCIE_V6E = 32.0 * GB
 ICI_50 = 45.0 * GB
 ICI_100 = 90.0 * GB
 
+# Each cell of a matrix unit (128 x 128, from v6e on 256 x 256) multiplies and adds once a cycle. With eight such units
+# on v4 and v5p and four on v5e, v6e and each half of TPU7x, the peaks below are those of these clocks. NeuSim
+# (https://github.com/platformxlab/NeuSim, configs/chips) has 1.05 for v4, 1.7 for v5p and 1.75 for v6e.
+GHZ = 1e9
+
 _BOOK = "https://jax-ml.github.io/scaling-book/tpus"
 _TPU = "https://docs.cloud.google.com/tpu/docs/"
 
@@ -44,6 +49,7 @@ def _tpu(*, page: str, host_link: float = PCIE, **figures: object) -> Hardware:
             "network_bandwidth": document,
             "network_latency": NCCL_SOURCE,
             "host_link": _BOOK,
+            "clock": "from the peak: see catalogue_google.py; NeuSim, configs/chips",
             "host_memory": document,
             "reserved": "libtpu 0.0.42, the memory beyond which it refuses a program",
             "shapes": document,
@@ -60,6 +66,7 @@ TPUS: tuple[Hardware, ...] = (
         reserved=int(1.25 * GiB),
         memory_bandwidth=1200 * GB,
         flops={"float32": 275 * TFLOPS, "bfloat16": 275 * TFLOPS, "int8": 275 * TFLOPS},
+        clock=1.05 * GHZ,
         domain=4096,
         devices_per_host=4,
         torus=3,
@@ -78,6 +85,7 @@ TPUS: tuple[Hardware, ...] = (
         reserved=GiB // 4,
         memory_bandwidth=819 * GB,
         flops={"float32": 197 * TFLOPS, "bfloat16": 197 * TFLOPS, "int8": 393 * TFLOPS},
+        clock=1.5 * GHZ,
         domain=256,
         devices_per_host=8,
         torus=2,
@@ -95,6 +103,7 @@ TPUS: tuple[Hardware, ...] = (
         reserved=96 * GiB - int(95.74 * GiB),
         memory_bandwidth=2765 * GB,
         flops={"float32": 459 * TFLOPS, "bfloat16": 459 * TFLOPS, "int8": 918 * TFLOPS},
+        clock=1.75 * GHZ,
         domain=6144,  # the largest slice that can be had, of a pod of 8960
         devices_per_host=4,
         torus=3,
@@ -112,6 +121,7 @@ TPUS: tuple[Hardware, ...] = (
         reserved=3 * GiB // 4,
         memory_bandwidth=1638 * GB,
         flops={"float32": 918 * TFLOPS, "bfloat16": 918 * TFLOPS, "int8": 1836 * TFLOPS},
+        clock=1.75 * GHZ,
         domain=256,
         devices_per_host=8,
         torus=2,
@@ -132,6 +142,7 @@ TPUS: tuple[Hardware, ...] = (
         reserved=int(1.25 * GiB),
         memory_bandwidth=7380 * GB / 2,
         flops={"float32": 1153.5 * TFLOPS, "bfloat16": 1153.5 * TFLOPS, "float8": 2307 * TFLOPS},
+        clock=2.2 * GHZ,
         domain=2 * 9216,
         devices_per_host=8,
         torus=3,

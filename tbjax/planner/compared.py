@@ -1,5 +1,6 @@
 """What was predicted beside what the compiler says, as rows of words for the terminal and the page."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tbjax.planner import words
@@ -64,18 +65,55 @@ def kinds(program: "Program") -> list[tuple[str, str]]:
     return [(_KINDS.get(kind, words.title(kind)), words.gib(size)) for kind, size in program.bytes.items() if size]
 
 
-def collectives(verification: "Verification") -> list[tuple[str, str, str, str]]:
-    """Rows of kind, axes, how often, how much."""
-    found = sorted(verification.collectives, key=lambda collective: -collective.bytes)
+def collectives(verification: "Verification") -> list[tuple[str, ...]]:
+    """Rows of kind, axes, how often and how much: predicted, compiled."""
+    predicted, compiled = (
+        {(each.kind, each.axes): each for each in found} for found in (verification.predicted, verification.collectives)
+    )
+
+    def largest(key: tuple[str, tuple[str, ...]]) -> int:
+        return -max(found[key].bytes for found in (predicted, compiled) if key in found)
+
+    def said(key: tuple[str, tuple[str, ...]], figure: str, written: Callable[[float], str]) -> list[str]:
+        return [written(getattr(found[key], figure)) if key in found else "-" for found in (predicted, compiled)]
+
     return [
-        (
-            collective.kind,
-            words.TIMES.join(collective.axes) or "no axis",
-            words.count(collective.count),
-            words.gib(collective.bytes),
-        )
-        for collective in found
+        (key[0], _along(key[1]), *said(key, "count", words.count), *said(key, "bytes", words.gib))
+        for key in sorted({*predicted, *compiled}, key=largest)
     ]
+
+
+def sent(verification: "Verification") -> list[tuple[str, str, str, str]]:
+    """Rows of axes, what a device sends along them as predicted and as compiled, difference.
+
+    What is less than a thousandth of all is left out: the sums of a few numbers.
+    """
+    totals: dict[tuple[str, ...], list[int]] = {}
+    for column, found in enumerate((verification.predicted, verification.collectives)):
+        for each in found:
+            totals.setdefault(each.axes, [0, 0])[column] += each.sent
+    whole = max(sum(total) for total in zip(*totals.values(), strict=True)) if totals else 0
+    rows = sorted(totals.items(), key=lambda row: -max(row[1]))
+    return [
+        (_along(axes), words.gib(predicted), words.gib(compiled), difference(predicted, compiled))
+        for axes, (predicted, compiled) in rows
+        if 1000 * max(predicted, compiled) >= whole > 0
+    ]
+
+
+def time(verification: "Verification") -> list[tuple[str, str]]:
+    """What the planner and, in cycles, the compiler say of the time of the program."""
+    if not verification.seconds:
+        return []
+    return [
+        ("Predicted, all told", words.seconds(verification.predicted_seconds)),
+        ("Compiled, what one device computes", words.seconds(verification.seconds)),
+        ("Cycles", words.short_count(verification.cycles)),
+    ]
+
+
+def _along(axes: tuple[str, ...]) -> str:
+    return words.TIMES.join(axes) or "no axis"
 
 
 def notes(verification: "Verification") -> list[str]:
@@ -87,8 +125,14 @@ def notes(verification: "Verification") -> list[str]:
     if verification.depths:
         few, many = sorted(verification.depths)
         said.append(f"Extrapolated in the number of layers from models of {few} and of {many} layers.")
-    if verification.cycles:
-        said.append(f"The compiler estimates {words.short_count(verification.cycles)} cycles of one core.")
+    if verification.seconds:
+        clock = verification.cluster.hardware.clock
+        said.append(
+            f"Cycles are the compiler's estimate, loops included, at {clock / 1e9:g} GHz: transfers that run beside "
+            "are not in them."
+        )
+    if any("pp" in collective.axes for collective in verification.collectives):
+        said.append("Collectives are counted as on a stage that has both ends of the model.")
     if unknown := verification.compiled.unknown_loops:
         said.append(f"Loops whose length the program does not tell, counted as one turn: {unknown}.")
     return said

@@ -23,6 +23,7 @@ from tbjax import generate
 from tbjax.config import ModelConfig
 from tbjax.mesh import make_mesh
 from tbjax.model import Decoder
+from tbjax.pipeline.grid import lay_out
 from tbjax.pipeline.schedule import named
 from tbjax.pipeline.stages import cut_for
 from tbjax.planner import hlo
@@ -139,7 +140,7 @@ def _measure(name: str, lowered: Any, case: Case) -> tuple[Program, Any]:
     kinds = {kind: getattr(memory, f"{kind}_size_in_bytes") for kind in KINDS}
     kinds["host"] = sum(getattr(memory, f"host_{kind}_size_in_bytes") for kind in ("argument", "temp"))
     kinds["peak"] = getattr(memory, "peak_memory_in_bytes", 0)
-    found = hlo.read(compiled.as_text(), case.layout.mesh, case.cluster.slices)
+    found = hlo.read(compiled.as_text(), case.layout.mesh, case.cluster.slices, _turns(case))
     program = Program(
         name=name,
         bytes=kinds,
@@ -149,6 +150,17 @@ def _measure(name: str, lowered: Any, case: Case) -> tuple[Program, Any]:
         seconds=seconds,
     )
     return program, compiled
+
+
+def _turns(case: Case) -> hlo.Turns | None:
+    """What the schedule of a pipeline says of how often its tasks run."""
+    layout = case.layout
+    if layout.pp == 1 or not case.workload.training:
+        return None
+    saves = layout.remat != "stage"
+    grid = lay_out(named(layout.schedule, layout.chunks), layout.pp, layout.microbatches, saves=saves)
+    # A forward that keeps nothing is itself in a loop, which leaves out the last piece of all.
+    return hlo.Turns(grid.ticks, layout.microbatches * grid.chunks, 1 / grid.chunks if saves else 1.0)
 
 
 def main() -> None:

@@ -118,9 +118,8 @@ def _step(priced: Prices, layout: Layout) -> tuple[dict[str, float]]:
     context, room = _exposed(talk.context, room)
     fetched = fetched_ends = offloaded = 0.0
     if cuts:
-        gather = priced.gather(fsdp, ep, cp, tp)
-        # Forwards, backwards and the gradient's way back; a stage that is run again gathers once more.
-        fetched, room = _exposed(gather.layer * (4 / 3 if layout.remat == "stage" else 1), room)
+        gather = priced.gather(fsdp, ep, cp, tp, layout.remat)
+        fetched, room = _exposed(gather.layer, room)
         fetched_ends, _ = _exposed(gather.ends, stack.overlap * ends.seconds)
     if "activations" in layout.offload:
         offloaded, room = _exposed(priced.kept(rows, cp, tp, parallel, layout.remat), room)
@@ -133,15 +132,16 @@ def _step(priced: Prices, layout: Layout) -> tuple[dict[str, float]]:
             priced.stream(rows, sequence, cp) / (tp if parallel else 1)
         )
         bubble = (pp - 1) * (share * (stage + accumulated) + 2 * layout.chunks * hop)
-    # The gradients of the last microbatch are summed while those of earlier layers are computed.
+    # The gradients of a microbatch are summed while those of earlier layers are computed.
     summed, _ = _exposed(priced.gradients(pp, dp, fsdp, ep, cp, tp, cuts), stack.overlap * layers * work.backwards)
+    summed *= 1 if stack.defers or pp > 1 else m
     update, crossing = priced.update(pp, fsdp, ep, tp, shares)
     parts = {
         "matmul": m * (layers * work.matmul + ends.matmul),
         "attention": m * layers * work.attention,
         "memory": m * (layers * work.memory + ends.memory + accumulated),
         "launch": m * (layers * work.launch + ends.launch),
-        "tensor": m * (layers * tensor + priced.ends_talk(rows, sequence, tp, cp)),
+        "tensor": m * (layers * tensor + priced.ends_talk(rows, sequence, tp, cp, parallel)),
         "context": m * layers * context,
         "expert": m * layers * talk.expert,
         "fsdp": m * (layers * fetched + fetched_ends),
@@ -180,7 +180,7 @@ def _pass(priced: Prices, layout: Layout, sequence: int, cached: float) -> dict[
     work, fetched = priced.served(rows, sequence, cached, tp, cp, ep, 1), 0.0
     if ways > 1:
         # Weights come to the tokens, hidden behind the layer before, or the tokens to the weights: the quicker way.
-        fetched, _ = _exposed(priced.gather(fsdp, ep, layout.cp, tp).layer / 3, priced.stack.overlap * work.seconds)
+        fetched, _ = _exposed(priced.fetched(fsdp, ep, layout.cp, tp)[0], priced.stack.overlap * work.seconds)
         there = priced.served(rows, sequence, cached, tp, cp, ep, ways)
         moved = priced.stationary(rows * sequence, fsdp, ep, layout.cp, tp)
         if there.seconds + moved < work.seconds + fetched:
@@ -200,7 +200,7 @@ def _pass(priced: Prices, layout: Layout, sequence: int, cached: float) -> dict[
         "attention": m * layers * work.attention,
         "memory": m * layers * work.memory,
         "launch": m * (layers * work.launch + ends.launch),
-        "tensor": m * (layers * talk.tensor + priced.ends_talk(rows, sequence, tp, cp)),
+        "tensor": m * (layers * talk.tensor + priced.ends_talk(rows, sequence, tp, cp, False)),
         "context": m * layers * context,
         "expert": m * layers * talk.expert,
         "fsdp": m * layers * fetched,

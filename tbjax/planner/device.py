@@ -47,6 +47,7 @@ class Hardware:
     host_memory: int  # bytes of a full host
     link_latency: float  # seconds, of one message (torus: of one hop)
     network_latency: float
+    clock: float = 0.0  # Hz of the cores; 0: not known. Where compilers count in cycles (TPU)
     reserved: int = 0  # bytes of `memory` that the runtime keeps for itself
     devices_per_chip: int = 1
     shapes: tuple[Shape, ...] = ()  # TPU: the slices below a full cube (3-D), or all slices (2-D), in chips

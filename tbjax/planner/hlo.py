@@ -5,6 +5,10 @@ body). Walking from the entry and multiplying by every loop's trip count on the 
 runs. For the collectives among them, the groups of devices say over which mesh axes they go: the axes along which the
 members of a group differ.
 
+A pipeline runs its tasks in loops of a turn or none (`tbjax.pipeline.training.when`): how often they turn hangs on the
+stage, and no program can tell. What the schedule says of it (`Turns`) takes the place of a trip count, so that what is
+counted is that of a stage which has both the first layers and the last.
+
 The TPU compiler also notes its own estimate of an instruction's cycles; summed in the same walk they are an estimate of
 the time that one core computes (transfers that run beside it are not in it).
 """
@@ -13,14 +17,18 @@ import dataclasses
 import itertools
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from tbjax.mesh import steps_over_slices
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+
+# How often the whole buffer passes around the ring, less the share that is at home.
+_PASSES = {"all-reduce": 2}
 
 # Bits of an element, by the names that HLO gives to types.
 BITS = {
@@ -63,6 +71,9 @@ class Collective:
     axes: tuple[str, ...]  # of the mesh; empty where the groups follow no axis
     count: int  # how often they run, loops included
     bytes: int  # of the whole buffers on one device, summed: what was gathered, or what was reduced
+    # Bytes that one device sends for them around a ring: what kinds can be compared by, since one program reduces where
+    # another scatters and gathers.
+    sent: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +85,14 @@ class Program:
     unknown_loops: int  # loops whose trip count the text does not tell; counted as one trip
 
 
+class Turns(NamedTuple):
+    """How often a stage of a pipeline does what it may do in a tick."""
+
+    ticks: int
+    tasks: int  # of each kind, forward or backward, in all ticks
+    ends: float = 1.0  # the share of its tasks that are at an end of the model
+
+
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
     name: str
@@ -83,19 +102,17 @@ class _Instruction:
     root: bool
 
 
-def read(text: str, mesh: Mapping[str, int], slices: int = 1) -> Program:
+def read(text: str, mesh: Mapping[str, int], slices: int = 1, turns: Turns | None = None) -> Program:
     """The collectives and cycles of a compiled program, for devices numbered along `mesh`, outermost axis first.
 
     Of several slices of TPUs the program is that of one, and what goes between them is counted over the axes that are
-    laid across slices.
+    laid across slices. `turns` are those of a pipeline's schedule, if the program runs one.
     """
-    computations, entry = _computations(text)
-    counts: Counter[tuple[str, tuple[str, ...]]] = Counter()
-    volumes: Counter[tuple[str, tuple[str, ...]]] = Counter()
-    cycles = unknown = 0
-    for instruction, times in _runs(computations, entry, 1):
-        if instruction.operation == "while":
-            unknown += _trips(instruction, computations) is None
+    walk = _Walk(*_computations(text), turns)
+    counts: dict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
+    volumes: dict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
+    cycles = 0.0
+    for instruction, times in walk.runs():
         noted = _CYCLES.search(instruction.text)
         cycles += times * int(noted[1]) if noted else 0
         kind = instruction.operation.removesuffix("-start")
@@ -110,10 +127,16 @@ def read(text: str, mesh: Mapping[str, int], slices: int = 1) -> Program:
             counts[key] += times
             volumes[key] += times * _volume(instruction, kind, groups)
     collectives = [
-        Collective(kind=kind, axes=axes, count=count, bytes=volumes[kind, axes])
-        for (kind, axes), count in sorted(counts.items())
+        collective(kind, axes, count, volumes[kind, axes], mesh) for (kind, axes), count in sorted(counts.items())
     ]
-    return Program(collectives=tuple(collectives), cycles=cycles, unknown_loops=unknown)
+    return Program(collectives=tuple(collectives), cycles=round(cycles), unknown_loops=walk.unknown)
+
+
+def collective(kind: str, axes: tuple[str, ...], count: float, size: float, mesh: Mapping[str, int]) -> Collective:
+    """All collectives of one kind over the same axes, of `size` bytes together."""
+    members = math.prod(mesh[axis] for axis in axes)
+    share = 1.0 if kind == "collective-permute" else _PASSES.get(kind, 1) * (members - 1) / members
+    return Collective(kind=kind, axes=axes, count=round(count), bytes=round(size), sent=round(share * size))
 
 
 def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -143,14 +166,38 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     return computations, entry
 
 
-def _runs(computations: Mapping[str, list[_Instruction]], name: str, times: int) -> Iterator[tuple[_Instruction, int]]:
-    """Every instruction that runs within a computation, and how often."""
-    for instruction in computations.get(name, ()):
-        yield instruction, times
-        inner = times * (_trips(instruction, computations) or 1) if instruction.operation == "while" else times
-        for several, one in _CALLED.findall(instruction.text):
-            for called in several.split(",") if several else [one]:
-                yield from _runs(computations, called.strip().lstrip("%"), inner)
+class _Walk:
+    """From the entry through all that is run."""
+
+    def __init__(self, computations: Mapping[str, list[_Instruction]], entry: str, turns: Turns | None) -> None:
+        self.computations, self.entry, self.turns = computations, entry, turns
+        self.unknown = 0  # loops met whose trip count nobody tells
+
+    def runs(self) -> Iterator[tuple[_Instruction, float]]:
+        """Every instruction that is run, and how often."""
+        return self._within(self.entry, 1.0, 0)
+
+    def _within(self, name: str, times: float, around: int | None) -> Iterator[tuple[_Instruction, float]]:
+        """As `runs`, within one computation; `around` are the trips of the loop whose body it is in: 0 where it is in
+        none, None where nobody tells."""
+        for instruction in self.computations.get(name, ()):
+            yield instruction, times
+            inner, loop = times, around
+            if instruction.operation == "while":
+                loop = _trips(instruction, self.computations)
+                inner *= self._turns(around) if loop is None else loop
+            for several, one in _CALLED.findall(instruction.text):
+                for called in several.split(",") if several else [one]:
+                    yield from self._within(called.strip().lstrip("%"), inner, loop)
+
+    def _turns(self, around: int | None) -> float:
+        """How often a loop runs, on average, whose trip count the text does not tell."""
+        if self.turns and around == self.turns.ticks:
+            return self.turns.tasks / self.turns.ticks
+        if self.turns and around is None:  # in such a loop itself: what is done at an end of the model alone
+            return self.turns.ends
+        self.unknown += 1
+        return 1.0
 
 
 def _trips(loop: _Instruction, computations: Mapping[str, list[_Instruction]]) -> int | None:

@@ -6,7 +6,6 @@ A step of training has few moments at which memory can peak, and each has its ow
     backward    what computing one layer again and differentiating it needs, in its attention or its feed-forward part
     embedding   the gradient of the table, before it is cut
     update      new parameters gathered, where the optimizer works on parts of them
-    exchange    a pipeline's weights on their way to other stages, where stages run pieces that are apart
 
 Throughout there are parameters and optimizer state and, until the last layer's backward pass has ended, what the
 forward pass saved and the gradients of all layers: one stack for each weight, which exists from the beginning though

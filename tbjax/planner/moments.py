@@ -17,9 +17,6 @@ from tbjax.sharding import ShardingStrategy
 # Float32 logits that the loss computes at once on a device (`tbjax.training.loss.CHUNK_BYTES`).
 LOGITS_CHUNK = 128 * 2**20
 
-# Copies of a stage's weights while pieces are sent to other stages: what was there, what is on its way, what arrived.
-EXCHANGED = 2.2
-
 # Whole copies of each stack of matrices that the Newton-Schulz iteration of optax's muon has at once.
 MUON_COPIES = 1.8
 
@@ -160,10 +157,6 @@ def of_training(config: ModelConfig, workload: Workload, layout: Layout, hardwar
     if step.narrow:
         # Tables so narrow are given with their rows innermost, and turned, as is what the optimizer has of them.
         throughout["turned tables"] = stored * weights.tables_tiled * (1 + weights.state / weights.parts)
-    if layout.pp > 1 and (layout.schedule == "zb-v" or layout.chunks > 1):
-        # Layers lie in order over the stages, but a stage of such a schedule runs pieces that are apart: they are sent
-        # to where they run, and the gradients back.
-        layers["exchanged weights"] = stored * weights.stacked
 
     # The head's gradient waits for the update, in the precision that it was computed in.
     head = step.table * step.compute / (layout.fsdp * layout.ep if strategy.cuts_gradients else 1)
@@ -175,8 +168,6 @@ def of_training(config: ModelConfig, workload: Workload, layout: Layout, hardwar
             found.append((f"backward of {name}", {**layers, "head": head, **alive}))
     embedding = {"gradients": summed + stacks, "head": head, "embedding": step.table * (4 + step.compute)}
     found.append(("embedding", embedding))
-    if "exchanged weights" in layers:
-        found.append(("exchange", {**layers, "exchanged weights": EXCHANGED * layers["exchanged weights"]}))
     if strategy.cuts_optimizer and not strategy.cuts_parameters:
         update = {"gradients": summed or stored * weights.parts}
         update["new parameters"] = stored * (weights.parts + weights.largest)
@@ -220,7 +211,7 @@ def _saved_bytes(step: Step) -> float:
     if layout.remat == "stage":
         # Nothing besides what has arrived; but a backward pass begins with a forward pass of its piece, and has the
         # inputs of its layers.
-        held /= flight * (2 if layout.schedule == "zb-v" else layout.chunks)
+        held /= flight * layout.pieces
     if layout.pp > 1 and layout.schedule.startswith("zb"):
         # From a gradient of the input until that of the weights, the two factors of every weight's gradient are kept.
         held += flight * sum(kind.repeats * _factors(kind) for kind in step.kinds)

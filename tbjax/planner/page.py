@@ -255,16 +255,23 @@ def _timeline(plan: "Plan") -> Markup | None:
 def _verified(plan: "Plan", verification: "Verification | None") -> Markup | None:
     if verification is None:
         return None
-    talk = compared.collectives(verification)
+    both = "#Predicted", "#Compiled", "#Difference"
+    talk, time = compared.collectives(verification), compared.time(verification)
     return _section(
         "What the compiler says",
         element("p", compared.verdict(verification), class_=f"verdict {'good' if verification.fits else 'bad'}"),
         _table(
-            (f"On one {words.device(plan.cluster)}", "#Predicted", "#Compiled", "#Difference"),
+            (f"On one {words.device(plan.cluster)}", *both),
             compared.memory(plan, verification),
         ),
-        element("h3", "Collectives in the compiled program"),
-        _table(("Kind", "Along", "#Runs", "#Bytes"), talk) if talk else element("p", "None."),
+        [element("h3", "Time"), _table(("", "#Time"), time)] if time else None,
+        element("h3", "Collectives: what is sent, how often they run, and their bytes"),
+        [
+            _table(("Sent by one device along", *both), compared.sent(verification)),
+            _table(("Kind", "Along", *both[:2], *both[:2]), talk),
+        ]
+        if talk
+        else element("p", "None."),
         element("h3", "The compiler's own account"),
         _table(("Memory", "#Size"), compared.kinds(verification.compiled)),
         _note(" ".join(compared.notes(verification))),

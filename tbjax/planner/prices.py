@@ -6,14 +6,17 @@ of thousands of layouts and meets the same pieces again and again.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from tbjax.config import ModelConfig
+from tbjax.mesh import AXES
+from tbjax.planner import traffic
 from tbjax.planner.hardware import Cluster
 from tbjax.planner.network import Fabric, Group, Sizes, group
 from tbjax.planner.parameters import Shard, shards
 from tbjax.planner.stack import Stack, sustained
+from tbjax.planner.traffic import Message
 from tbjax.planner.work import ENDS_KERNELS, Cut, Matmul, Work, forward, head, layer
 from tbjax.planner.workload import Layout, Optimizer, Remat, Workload
 
@@ -118,6 +121,7 @@ class Prices:
         self.talk = remember(self._talk)
         self.ends_talk = remember(self._ends_talk)
         self.gather = remember(self._gather)
+        self.fetched = remember(self._fetched)
         self.gradients = remember(self._gradients)
         self.update = remember(self._update)
         self.accumulate = remember(self._accumulate)
@@ -210,67 +214,63 @@ class Prices:
     def _group(self, within: Sizes, *sizes: int) -> Group:
         return group(self.cluster, within, sizes, self.fabric)
 
+    def spent(self, messages: Iterable[Message], **sizes: int) -> float:
+        """Seconds that collectives take, on a mesh of which these axes have these sizes."""
+        return sum(message.runs * self._collective(message, sizes) for message in messages)
+
+    def _collective(self, message: Message, sizes: Mapping[str, int]) -> float:
+        within = AXES[AXES.index(message.axes[-1]) + 1 :]
+        over = self.group(
+            tuple(sizes.get(axis, 1) for axis in reversed(within)), *(sizes[axis] for axis in reversed(message.axes))
+        )
+        return getattr(over, message.kind.replace("-", "_"))(message.size)
+
     def stream(self, rows: int, sequence: int, cp: int) -> float:
         """Bytes of the residual stream on one device."""
-        return rows * sequence / cp * self.config.embed * self.size
+        return traffic.stream(self.config, self.workload, rows, sequence, cp)
 
     def _talk(
         self, rows: int, sequence: int, tp: int, cp: int, ep: int, sequence_parallel: bool, remat: Remat | None
     ) -> Talk:
         """The collectives of an average layer: in training forwards, again and backwards; with no `remat`, forwards."""
-        config = self.config
-        stream = self.stream(rows, sequence, cp)
-        trained = remat is not None
-        over_tp, over_cp, over_ep = self.group((), tp), self.group((tp,), cp), self.group((tp, cp), ep)
-        # Two blocks, each a collective before (sequence parallel: a gather) and one after (a scatter; without, a
-        # reduction that is both at once) forwards and backwards. Recomputation runs them again as far as it goes.
-        gathers = 2.0 + (4.0 if trained else 0.0)  # sequence parallel: the cut inputs are gathered again backwards
-        scatters = 2.0 + (2.0 if trained else 0.0)
-        if remat in ("full", "stage"):
-            scatters += 1.0 if self.stack.prunes else 2.0
-        if remat == "stage":  # forwards once more
-            gathers, scatters = gathers + 2, scatters + 2
-        if sequence_parallel:
-            tensor = gathers * over_tp.all_gather(stream) + scatters * over_tp.reduce_scatter(stream)
-        else:
-            tensor = scatters * over_tp.all_reduce(stream)
-            # Experts reduce the tokens of all their ep peers: half of the reductions, in layers that have experts.
-            peers = over_tp.all_reduce(ep * stream) - over_tp.all_reduce(stream)
-            tensor += self.sparse_share * scatters / 2 * peers
-        keys = 2 * cp * rows * sequence / cp * -(-config.kv_heads // tp) * config.head_dim * self.size
-        # Keys and values go round forwards, again, and backwards, where their gradients go round as well.
-        rounds = 1.0 if not trained else {"none": 3.0, "stage": 5.0}.get(remat, 4.0)
-        context = rounds * over_cp.all_gather(keys)
-        # Tokens are gathered from the ep peers and their results scattered back; backwards the other way round.
-        gathers, scatters = (1.0, 1.0) if not trained else (2.0 if remat == "none" else 3.0, 2.0)
-        if remat == "stage":
-            gathers, scatters = gathers + 1, scatters + 1
-        expert = gathers * over_ep.all_gather(ep * stream) + scatters * over_ep.reduce_scatter(ep * stream)
-        return Talk(tensor, context, self.sparse_share * expert)
+        sizes = {"tp": tp, "cp": cp, "ep": ep}
+        said = traffic.layer(
+            self.config,
+            self.workload,
+            rows,
+            sequence,
+            **sizes,
+            sequence_parallel=sequence_parallel,
+            remat=remat,
+            prunes=self.stack.prunes,
+        )
+        return Talk(*(self.spent(messages, **sizes) for messages in said))
 
-    def _ends_talk(self, rows: int, sequence: int, tp: int, cp: int) -> float:
-        """The vocabulary is cut over tp: a reduction of what was looked up, and one of the head's gradient."""
-        reduction = self.group((), tp).all_reduce(self.stream(rows, sequence, cp))
-        return reduction * (2 if self.workload.training else 1)
+    def _ends_talk(self, rows: int, sequence: int, tp: int, cp: int, sequence_parallel: bool) -> float:
+        """The collectives of the model's ends."""
+        sizes = {"tp": tp, "cp": cp}
+        said = traffic.ends(
+            self.config,
+            self.workload,
+            rows,
+            sequence,
+            **sizes,
+            sequence_parallel=sequence_parallel and self.stack.moves_tables,
+        )
+        return self.spent(said, **sizes)
 
-    def _gather(self, fsdp: int, ep: int, cp: int, tp: int) -> Gather:
-        """FSDP in training: weights are gathered forwards and backwards, their gradients scattered."""
-        dense, experts = self._gathered(fsdp, ep, cp, tp, stacked=True)
-        return Gather(3 * (dense + experts), 3 * sum(self._gathered(fsdp, ep, cp, tp, stacked=False)))
+    def _gather(self, fsdp: int, ep: int, cp: int, tp: int, remat: Remat) -> Gather:
+        """FSDP in training."""
+        said = traffic.weights(self.config, self.size, fsdp, ep, tp, remat)
+        return Gather(*(self.spent(messages, fsdp=fsdp, ep=ep, cp=cp, tp=tp) for messages in said))
 
-    def _gathered(self, fsdp: int, ep: int, cp: int, tp: int, *, stacked: bool) -> tuple[float, float]:
-        """Seconds in which one layer's weights, or those of the model's ends, are gathered: experts' apart."""
-        dense = experts = 0.0
-        for shard in self._shards(1, fsdp, ep, tp, False):
-            if shard.stacked == stacked:
-                size = shard.local * self.size / (self.config.layers if stacked else 1)
-                if "ep" in shard.axes:
-                    experts += size
-                else:
-                    dense += size
-        # Over fsdp and ep lies everything but the experts, which ep has cut already.
-        over_both, over_fsdp = self.group((tp, cp), ep, fsdp), self.group((tp, cp, ep), fsdp)
-        return over_both.all_gather(dense), over_fsdp.all_gather(experts) if experts else 0.0
+    def _fetched(self, fsdp: int, ep: int, cp: int, tp: int) -> tuple[float, float]:
+        """Seconds in which one layer's weights are gathered: all, and the experts' alone."""
+        dense, experts = (
+            self.spent(messages, fsdp=fsdp, ep=ep, cp=cp, tp=tp)
+            for messages in traffic.apart(self.config, self.size, fsdp, ep, tp)
+        )
+        return dense + experts, experts
 
     def _stationary(self, rows: int, fsdp: int, ep: int, cp: int, tp: int) -> float:
         """One layer's weights stay cut over fsdp and ep: its tokens are gathered to them, and the results summed."""
@@ -282,27 +282,16 @@ class Prices:
         heads = (config.heads + 2 * config.kv_heads) * config.head_dim / tp
         attention = ends + over.all_reduce(element * heads)
         mlp = ends + over.all_reduce(element * (2 if config.gated_mlp else 1) * config.mlp / tp)
-        _, experts = self._gathered(fsdp, ep, cp, tp, stacked=True)
+        _, experts = self.fetched(fsdp, ep, cp, tp)
         return attention + (1 - self.sparse_share) * mlp + experts
 
     # Once a step.
 
     def _gradients(self, pp: int, dp: int, fsdp: int, ep: int, cp: int, tp: int, cut: bool) -> float:
         """Seconds in which the gradients are summed over the devices that hold the same parameters."""
-        dense = experts = 0.0
-        for shard in self._shards(pp, fsdp, ep, tp, cut):
-            if "ep" in shard.axes and not cut:
-                experts += shard.local * self.size
-            else:
-                dense += shard.local * self.size
-        # A device's replicas: over cp always, over dp, and over fsdp and ep unless they cut the tensor.
-        over_cp, inner = self.group((tp,), cp), (tp, cp, ep)
-        if cut:
-            return over_cp.all_reduce(dense) + self.group((*inner, fsdp), dp).all_reduce(dense)
-        total = self.group((tp,), cp, ep, fsdp, dp).all_reduce(dense)
-        if experts:
-            total += over_cp.all_reduce(experts) + self.group(inner, fsdp, dp).all_reduce(experts)
-        return total
+        sizes = {"dp": dp, "fsdp": fsdp, "ep": ep, "cp": cp, "tp": tp}
+        sums = traffic.gradients(self.config, self.size, pp=pp, cut=cut, **sizes)
+        return self.spent((*sums.lookup, *sums.others), **sizes)
 
     def _accumulate(self, pp: int, fsdp: int, ep: int, tp: int, cut: bool) -> float:
         """Seconds in which one microbatch's gradients are added to the others'."""

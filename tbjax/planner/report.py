@@ -50,11 +50,27 @@ def report(plan: "Plan") -> RenderableType:
 def verified(plan: "Plan", verification: "Verification") -> RenderableType:
     """What was predicted beside what the compiler says."""
     one = f"On one {words.device(plan.cluster)}"
-    talk = compared.collectives(verification)
-    return Group(
+    both = "#Predicted", "#Compiled", "#Difference"
+    talk, time = compared.collectives(verification), compared.time(verification)
+    parts: list[RenderableType] = [
         Text(compared.verdict(verification), style="green" if verification.fits else "red"),
-        _table("Memory", (one, "#Predicted", "#Compiled", "#Difference"), compared.memory(plan, verification)),
-        _table("Collectives", ("Kind", "Along", "#Runs", "#Bytes"), talk) if talk else Text("No collectives."),
+        _table("Memory", (one, *both), compared.memory(plan, verification)),
+    ]
+    if time:
+        parts.append(_table("Time", ("", "#"), time))
+    if talk:
+        parts += [
+            _table("Sent by one device", ("Along", *both), compared.sent(verification)),
+            _table(
+                "Collectives: how often they run, and their bytes",
+                ("Kind", "Along", *both[:2], *both[:2]),
+                talk,
+            ),
+        ]
+    else:
+        parts.append(Text("No collectives."))
+    return Group(
+        *parts,
         _table("The compiler's own account", ("", "#"), compared.kinds(verification.compiled)),
         Text(),
         Text(" ".join(compared.notes(verification)), style="dim"),

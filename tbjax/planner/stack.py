@@ -38,6 +38,8 @@ class Stack:
     logit_bytes: float  # that the loss reads and writes for each logit, forwards and backwards
     accumulate_bytes: float  # that adding a microbatch's gradient to the others' moves for each parameter
     prunes: bool  # whether recomputation leaves out what the backward pass does not ask for
+    defers: bool  # whether the gradients of all microbatches are summed over the devices at once, in the end
+    moves_tables: bool  # whether, with sequence parallelism, the vocabulary's table is brought to the tokens
 
 
 def sustained(hardware: Hardware) -> float:
@@ -62,6 +64,8 @@ MEGATRON_2021 = Stack(
     logit_bytes=60,
     accumulate_bytes=10,  # the gradient read, a float32 sum read and written
     prunes=False,
+    defers=True,
+    moves_tables=False,
 )
 
 # Since Korthikanti et al. 2022 the product that makes a weight's gradient adds it to the sum itself.
@@ -77,4 +81,6 @@ XLA = dataclasses.replace(
     overlap=0.9,
     logit_bytes=24,  # float32 logits written, read for the maximum, for the sum and backwards; the gradient in and out
     prunes=True,
+    defers=False,
+    moves_tables=True,
 )

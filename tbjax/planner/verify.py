@@ -22,7 +22,9 @@ from typing import Any
 from rich.console import Console
 
 from tbjax.config import ModelConfig
+from tbjax.planner import traffic
 from tbjax.planner.compilers import Compiler, compiler_for, environment, require
+from tbjax.planner.cost import step_time
 from tbjax.planner.hardware import Cluster, cluster
 from tbjax.planner.hlo import Collective
 from tbjax.planner.plain import plain, restore
@@ -66,6 +68,9 @@ class Verification:
     depths: tuple[int, int] | None = None  # the two depths that were compiled in place of the model's own
     # What the compiler said where it refused the model for want of memory; the figures are then those of `depths`.
     refusal: str = ""
+    # What the planner says of the same program: its collectives (in training) and its seconds.
+    predicted: tuple[Collective, ...] = ()
+    predicted_seconds: float = 0.0
 
     @property
     def compiled(self) -> Program:
@@ -93,6 +98,12 @@ class Verification:
     def cycles(self) -> int:
         return self.compiled.cycles
 
+    @property
+    def seconds(self) -> float:
+        """TPU: the compiler's estimate of the time that a device computes, transfers left out; 0 elsewhere."""
+        clock = self.cluster.hardware.clock
+        return self.cycles / clock if clock else 0.0
+
 
 def verify(
     config: ModelConfig,
@@ -119,18 +130,30 @@ def verify(
     if depths is None:
         try:
             programs = _compile(config, case, timeout, progress)
-            return Verification(compiler=chosen, cluster=where, programs=tuple(programs))
+            return _beside(config, workload, layout, Verification(compiler=chosen, cluster=where, programs=programs))
         except OutOfMemory as error:
-            period = len(config.groups[0].pattern)
-            if config.layers <= 2 * period:
+            # A pipeline's stages have equally many repeats of the pattern.
+            unit = len(config.groups[0].pattern) * (layout.pp * layout.pieces if layout.pp > 1 else 1)
+            if config.layers <= 2 * unit:
                 raise
-            refusal, depths = str(error), (period, 2 * period)
+            refusal, depths = str(error), (unit, 2 * unit)
     shallow, deep = (_compile(_cut(config, depth), case, timeout, progress) for depth in sorted(depths))
     programs = [_extrapolate(a, b, depths, config.layers) for a, b in zip(shallow, deep, strict=True)]
-    return Verification(compiler=chosen, cluster=where, programs=tuple(programs), depths=depths, refusal=refusal)
+    found = Verification(compiler=chosen, cluster=where, programs=tuple(programs), depths=depths, refusal=refusal)
+    return _beside(config, workload, layout, found)
 
 
-def _compile(config: ModelConfig, case: Mapping[str, Any], timeout: float, progress: bool | None) -> list[Program]:
+def _beside(config: ModelConfig, workload: Workload, layout: Layout, found: Verification) -> Verification:
+    """What was compiled, with what the planner says of it."""
+    time = step_time(config, workload, layout, found.cluster)
+    seconds = {"step": time.total, "prefill": time.prefill, "decode": time.decode}[found.compiled.name]
+    said = traffic.collectives(config, workload, layout) if workload.training else ()
+    return dataclasses.replace(found, predicted=said, predicted_seconds=seconds)
+
+
+def _compile(
+    config: ModelConfig, case: Mapping[str, Any], timeout: float, progress: bool | None
+) -> tuple[Program, ...]:
     where, chosen = case["cluster"], case["compiler"]
     console = Console(stderr=True)
     shown = console.is_terminal if progress is None else progress
@@ -156,7 +179,7 @@ def _compile(config: ModelConfig, case: Mapping[str, Any], timeout: float, progr
     if "error" in answer:
         kinds = {"ValueError": ValueError, "NotImplementedError": NotImplementedError, "OutOfMemory": OutOfMemory}
         raise kinds.get(answer["error"], CompilationError)(answer["message"])
-    return [restore(Program, program) for program in answer["programs"]]
+    return tuple(restore(Program, program) for program in answer["programs"])
 
 
 def _cut(config: ModelConfig, layers: int) -> ModelConfig:
@@ -174,10 +197,10 @@ def _extrapolate(shallow: Program, deep: Program, depths: tuple[int, int], layer
     def at_depth(a: int, b: int) -> int:
         return round(a + (b - a) * (layers - first) / (second - first))
 
-    counts, volumes = [], []
-    for program in (shallow, deep):
-        counts.append(Counter({(c.kind, c.axes): c.count for c in program.collectives}))
-        volumes.append(Counter({(c.kind, c.axes): c.bytes for c in program.collectives}))
+    counts, volumes, sent = (
+        [Counter({(c.kind, c.axes): getattr(c, name) for c in p.collectives}) for p in (shallow, deep)]
+        for name in ("count", "bytes", "sent")
+    )
     return Program(
         name=deep.name,
         bytes={kind: at_depth(shallow.bytes[kind], deep.bytes[kind]) for kind in deep.bytes},
@@ -187,6 +210,7 @@ def _extrapolate(shallow: Program, deep: Program, depths: tuple[int, int], layer
                 axes=axes,
                 count=at_depth(counts[0][kind, axes], counts[1][kind, axes]),
                 bytes=at_depth(volumes[0][kind, axes], volumes[1][kind, axes]),
+                sent=at_depth(sent[0][kind, axes], sent[1][kind, axes]),
             )
             for kind, axes in sorted(counts[0] | counts[1])
         ),

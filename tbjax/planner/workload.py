@@ -122,6 +122,11 @@ class Layout:
         """Over how many devices the batch is cut."""
         return self.dp * self.fsdp * self.ep
 
+    @property
+    def pieces(self) -> int:
+        """Of the model, on each stage of a pipeline: a V-shaped schedule has two."""
+        return 2 if self.schedule == "zb-v" else self.chunks
+
     def rows(self, workload: Workload) -> int:
         """Sequences in one microbatch on one device."""
         ways = self.batch_ways * self.microbatches

@@ -102,12 +102,22 @@ def verification(plan: Plan) -> Verification:
         name="step",
         bytes=sizes | {"temp": int(1.1 * plan.memory.total) - lasting},
         collectives=(
-            Collective(kind="all-gather", axes=("fsdp",), count=482, bytes=3 * 10**11),
-            Collective(kind="all-reduce", axes=("dp", "tp"), count=5120, bytes=7 * 10**12),
-            Collective(kind="collective-permute", axes=(), count=2, bytes=128),
+            Collective(kind="all-gather", axes=("fsdp",), count=482, bytes=3 * 10**11, sent=25 * 10**10),
+            Collective(kind="all-reduce", axes=("dp", "tp"), count=5120, bytes=7 * 10**12, sent=13 * 10**12),
+            Collective(kind="collective-permute", axes=(), count=2, bytes=128, sent=128),
         ),
         cycles=12_345_678_901,
         unknown_loops=1,
         seconds=31.4,
     )
-    return Verification(compiler="cuda", cluster=plan.cluster, programs=(program,), depths=(2, 4))
+    return Verification(
+        compiler="cuda",
+        cluster=plan.cluster,
+        programs=(program,),
+        depths=(2, 4),
+        predicted=(
+            Collective(kind="all-gather", axes=("fsdp",), count=480, bytes=29 * 10**10, sent=24 * 10**10),
+            Collective(kind="reduce-scatter", axes=("fsdp",), count=240, bytes=10**11, sent=9 * 10**10),
+        ),
+        predicted_seconds=12.3,
+    )

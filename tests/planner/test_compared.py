@@ -40,11 +40,32 @@ def test_the_verdict_is_the_compilers_and_not_the_predictions():
 
 def test_collectives_come_with_the_largest_first_and_name_their_axes():
     rows = compared.collectives(plans.verification(plans.PLANS["64 GPUs"]()))
-    assert [row[0] for row in rows] == ["all-reduce", "all-gather", "collective-permute"]
-    assert [row[1] for row in rows] == ["dp × tp", "fsdp", "no axis"]  # noqa: RUF001
+    assert [row[0] for row in rows] == ["all-reduce", "all-gather", "reduce-scatter", "collective-permute"]
+    assert [row[1] for row in rows] == ["dp × tp", "fsdp", "fsdp", "no axis"]  # noqa: RUF001
+
+
+def test_collectives_stand_beside_those_that_were_predicted():
+    rows = {row[0]: row[2:] for row in compared.collectives(plans.verification(plans.PLANS["64 GPUs"]()))}
+    assert rows["all-gather"] == ("480", "482", "270 GiB", "279 GiB")
+    assert rows["reduce-scatter"] == ("240", "-", "93.1 GiB", "-")
+    assert rows["all-reduce"][::2] == ("-", "-")
+
+
+def test_what_a_device_sends_is_compared_along_each_axis_whatever_the_kind():
+    rows = {row[0]: row[1:] for row in compared.sent(plans.verification(plans.PLANS["64 GPUs"]()))}
+    assert rows["fsdp"] == ("307 GiB", "233 GiB", "+32.0 %")
+    assert "no axis" not in rows  # 128 bytes of terabytes
+
+
+def test_cycles_stand_as_seconds_beside_the_predicted_ones_where_a_compiler_counts_them():
+    assert compared.time(plans.verification(plans.PLANS["64 GPUs"]())) == []
+    rows = dict(compared.time(plans.verification(plans.PLANS["v5p"]())))
+    assert rows["Predicted, all told"] == "12.3 s"
+    assert rows["Compiled, what one device computes"] == words.seconds(12_345_678_901 / 1.75e9)
 
 
 def test_what_qualifies_a_verdict_is_noted():
     said = " ".join(compared.notes(plans.verification(plans.PLANS["64 GPUs"]())))
-    for fact in ("h100:8x8", "31.4 s", "of 2 and of 4 layers", "12.3B cycles", "one turn: 1"):
+    for fact in ("h100:8x8", "31.4 s", "of 2 and of 4 layers", "one turn: 1"):
         assert fact in said
+    assert "1.75 GHz" in " ".join(compared.notes(plans.verification(plans.PLANS["v5p"]())))

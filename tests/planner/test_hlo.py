@@ -139,6 +139,31 @@ def test_a_loop_whose_trips_are_unknown_counts_once_and_is_reported():
     assert found.unknown_loops == 1
 
 
+def test_loops_of_a_turn_or_none_run_as_often_as_the_schedule_of_the_pipeline_says():
+    known = 'backend_config={"known_trip_count":{"n":"10"}}'
+    text = program(
+        f"ROOT %w = (s32[], f32[8]) while(%p), condition=%cond.2, body=%tick, {known}",
+        computations=f"""{LOOPS}
+
+%tick (p: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %sent = bf16[8]{{0}} collective-permute(%x), source_target_pairs={{{{0,4}},{{1,5}},{{2,6}},{{3,7}}}}
+  ROOT %task = (s32[], f32[8]) while(%p), condition=%cond.2, body=%task
+}}
+
+%task (p: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %f = f32[8]{{0}} fusion(%x), kind=kLoop, calls=%fused
+  ROOT %end = (s32[], f32[8]) while(%p), condition=%cond.2, body=%body.2
+}}""",
+    )
+    turns = hlo.Turns(ticks=10, tasks=8, ends=0.5)
+    found = hlo.read(text, MESH, turns=turns)
+    runs = {c.kind: c.count for c in found.collectives}
+    assert runs == {"collective-permute": 10, "all-reduce": 8, "all-gather": 4}
+    assert found.unknown_loops == 0
+    assert hlo.read(text, MESH).unknown_loops == 2
+    assert hlo.read(text, MESH, turns=turns._replace(ticks=11)).unknown_loops == 1  # it is not the schedule's
+
+
 def test_a_real_program_has_the_collectives_that_were_written_into_it():
     mesh = make_mesh((2, 2, 2))
 

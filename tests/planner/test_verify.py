@@ -101,6 +101,9 @@ def test_a_pipeline_passes_activations_from_stage_to_stage():
     layout = Layout(pp=2, fsdp=2, tp=2, microbatches=4)
     verification = verify(CONFIG, TRAIN, layout, "cpu:8")
     assert any((c.kind, c.axes) == ("collective-permute", ("pp",)) for c in verification.collectives)
+    assert verification.compiled.unknown_loops == 0
+    # Every gradient is cut once for each of the four microbatches.
+    assert all(c.count % 4 == 0 for c in verification.collectives if c.kind == "reduce-scatter")
 
 
 def test_the_callers_own_jax_is_as_it_was(trained):

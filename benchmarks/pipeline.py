@@ -2,7 +2,7 @@
 
     python -m benchmarks.pipeline                       memory for 64 H100 and 64 TPU v5p (minutes a row), then time
     python -m benchmarks.pipeline --clusters h100:8x8   memory for some clusters; --clusters none: for none
-    python -m benchmarks.pipeline --microbatches 32     one number of microbatches in place of 16, 32 and 64
+    python -m benchmarks.pipeline --schedules zb-h1 --microbatches 32    1F1B and ZB-H1, for one number of microbatches
     python -m benchmarks.pipeline --no-time
 
 Memory is of a whole step of training in the shape of Llama 2 70B over 8 stages and 8 ways of tp, one sequence of 4096
@@ -65,8 +65,8 @@ LLAMA_2_70B = ModelConfig(
 )
 STAGES_70B = TP_70B = 8
 SEQUENCE_70B = 4096
-# 1F1B first: what its program takes beside its activations is what the others' figures are put on.
-SCHEDULES: tuple[Any, ...] = ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-h2", "zb-v")
+# Beside 1F1B: what its program takes beside its activations is what the others' figures are put on.
+SCHEDULES: tuple[Any, ...] = ("gpipe", "interleaved", "zb-h1", "zb-h2", "zb-v")
 
 SMALL = ModelConfig(
     family="llama",
@@ -83,14 +83,14 @@ STAGES, MICROBATCHES, SEQUENCE = 4, 8, 128
 REPEATS = 7
 
 
-def memory(console: Console, cluster: str, counts: Sequence[int]) -> None:
+def memory(console: Console, cluster: str, schedules: Sequence[Any], counts: Sequence[int]) -> None:
     """Prints what each schedule takes on `cluster`."""
     table = Table(title=f"Llama 2 70B, pp=8 x tp=8 on {cluster}: GiB per device", title_justify="left")
     for heading in ("schedule", "m", "arguments", "temp", "simulated", "temp / simulated", "compile s"):
         table.add_column(heading, justify="left" if heading == "schedule" else "right")
     temps: dict[tuple[str, int], float] = {}
     base = 0.0
-    for name, microbatches in itertools.product(SCHEDULES, counts):
+    for name, microbatches in itertools.product(schedules, counts):
         chunks = 2 if name == "interleaved" else 1
         layout = Layout(pp=STAGES_70B, tp=TP_70B, microbatches=microbatches, schedule=name, chunks=chunks)
         work = Workload(global_batch=microbatches, seq_len=SEQUENCE_70B)
@@ -103,9 +103,9 @@ def memory(console: Console, cluster: str, counts: Sequence[int]) -> None:
         table.add_row(name, str(microbatches), *(f"{cell:.2f}" for cell in cells), f"{found.compile_seconds:.0f}")
         console.print(name, microbatches, *(f"{cell:.2f}" for cell in cells), style="dim")
     console.print(table)
-    for count in counts:
+    for count in counts if "gpipe" in schedules else ():
         console.print(f"1F1B / GPipe at m={count}: {temps['1f1b', count] / temps['gpipe', count]:.2f}")
-    for name in SCHEDULES:
+    for name in schedules:
         console.print(f"{name}: m={counts[-1]} / m={counts[0]}: {temps[name, counts[-1]] / temps[name, counts[0]]:.3f}")
 
 
@@ -196,13 +196,14 @@ def measured(contenders: dict[str, Callable[[], Any]]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What pipelines take, in memory and time.")
     parser.add_argument("--clusters", nargs="+", default=["h100:8x8", "v5p:4x4x4"], help="clusters of 64, or none")
+    parser.add_argument("--schedules", nargs="*", choices=SCHEDULES, default=SCHEDULES, help="beside 1f1b")
     parser.add_argument("--microbatches", nargs="+", type=int, default=[16, 32, 64])
     parser.add_argument("--no-time", action="store_true")
     arguments = parser.parse_args()
     console = Console()
     for cluster in arguments.clusters:
         if cluster != "none":
-            memory(console, cluster, arguments.microbatches)
+            memory(console, cluster, ("1f1b", *arguments.schedules), arguments.microbatches)
     if not arguments.no_time:
         timing(console)
 

@@ -137,6 +137,11 @@ class Sharding:
         """The product of the sizes of `axes` (an axis that the mesh lacks has size one)."""
         return math.prod(self.mesh.shape.get(axis, 1) for axis in axes)
 
+    @property
+    def in_stage(self) -> bool:
+        """Whether what is being traced is per device already, as a pipeline's stages are."""
+        return _inside_shard_map()
+
     def stack(self, repeats: int) -> Cut:
         """How a stack of `repeats` layers lies over pp."""
         if self.cut is not None and self.cut.repeats == repeats:

@@ -48,6 +48,11 @@ class HeadLayout(NamedTuple):
         return cls(kv_heads, queries, repeat, -kv_heads * repeat % tp)
 
     @property
+    def plain(self) -> bool:
+        """Whether heads are laid out as the weights have them."""
+        return self.repeat == 1 and not self.padding
+
+    @property
     def group(self) -> int:
         return -(-self.queries // self.repeat)
 
@@ -112,6 +117,7 @@ class Attention(nnx.Module):
         )
         if self.config.qk_norm == "full":
             query, key = self._norm(query, key)
+        query, key, value = (self._whole(a) for a in (query, key, value))
         query, key, value = (a.reshape(*a.shape[:2], -1, self.config.head_dim) for a in (query, key, value))
         if self.config.qk_norm == "head":
             query, key = self._norm(query, key)
@@ -128,8 +134,17 @@ class Attention(nnx.Module):
                 first = keys.query_slots[0]
                 key, value = cache = (_write(cache[0], key, first), _write(cache[1], value, first))
             out = attend(query, key, value, keys, self._scoring(), self.sharding)
-        out = checkpoint_name(self.layout.collect(self._over_heads(out, sequence)), "attended")
+        out = checkpoint_name(self.layout.collect(self._whole(self._over_heads(out, sequence))), "attended")
         return self.output(out.reshape(*out.shape[:2], -1)), cache
+
+    def _whole(self, a: jax.Array) -> jax.Array:
+        """All heads on every tp device, in a pipeline stage where they are laid out unlike the weights.
+
+        The compiler would move them to neighbours by permutes, for which all stages have to wait, whatever they do.
+        """
+        if self.layout.plain or not self.sharding.in_stage:
+            return a
+        return self.sharding.constrain(a, "batch", "sequence", *[None] * (a.ndim - 2))
 
     def _norm(self, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         if self.query_norm is None or self.key_norm is None:

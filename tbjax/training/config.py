@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from tbjax.model import Decoder
 from tbjax.pipeline.schedule import named
@@ -23,7 +24,7 @@ from tbjax.planner.plain import plain, restore
 from tbjax.planner.plan import Plan
 from tbjax.remat import Remat
 from tbjax.training.learning_rate import Schedule, learning_rate
-from tbjax.training.optimizer import Name, make_optimizer
+from tbjax.training.optimizer import Layerwise, Name, OnlyLayerwise, make_optimizer
 from tbjax.training.step import DTYPES, Precision
 
 NotFinitePolicy: TypeAlias = Literal["stop", "skip", "keep"]
@@ -184,7 +185,7 @@ class TrainConfig:
         """The optimizer for the parameters of `model`, which may be abstract."""
         if not isinstance(self.optimizer, str):
             return self.optimizer
-        return make_optimizer(
+        made = make_optimizer(
             cast(Name, self.optimizer),
             model,
             learning_rate=self._schedule(),
@@ -192,6 +193,10 @@ class TrainConfig:
             clip_norm=self.clip_norm,
             decayed=self.decayed,
         )
+        # XLA makes a loop of its own for each array that an update gives on a CPU, and a copy of each that two of them
+        # read: two more copies of the model's size for AdamW. Layer by layer these are copies of a layer.
+        on_cpu = isinstance(model.sharding.mesh, Mesh) and model.sharding.mesh.devices.flat[0].platform == "cpu"
+        return OnlyLayerwise(*made) if on_cpu and isinstance(made, Layerwise) else made
 
     @property
     def state_options(self) -> dict[str, Any]:

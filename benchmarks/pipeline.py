@@ -105,7 +105,7 @@ def memory(console: Console, cluster: str, schedules: Sequence[Any], counts: Seq
     console.print(table)
     for count in counts if "gpipe" in schedules else ():
         console.print(f"1F1B / GPipe at m={count}: {temps['1f1b', count] / temps['gpipe', count]:.2f}")
-    for name in schedules:
+    for name in schedules if len(counts) > 1 else ():
         console.print(f"{name}: m={counts[-1]} / m={counts[0]}: {temps[name, counts[-1]] / temps[name, counts[0]]:.3f}")
 
 

@@ -18,6 +18,7 @@ import argparse
 import csv
 import dataclasses
 import importlib.metadata
+import itertools
 import math
 import os
 from collections import Counter
@@ -88,7 +89,8 @@ CURVES: Mapping[str, Sequence[Case]] = {
     title: tuple(Case("llama-2-70b", name, 1, 4096) for name in names)
     for title, names in {"H100": H100, "v5p": V5P}.items()
 }
-CASES = tuple(dict.fromkeys([*MODELS, *(case for curve in CURVES.values() for case in curve)]))
+# GPUs first: what takes seconds for them takes minutes for TPUs.
+CASES = sorted(dict.fromkeys([*MODELS, *itertools.chain(*CURVES.values())]), key=lambda case: case.cluster[0] == "v")
 
 
 class Compiled(NamedTuple):
@@ -110,7 +112,9 @@ class Compiled(NamedTuple):
     @property
     def total(self) -> int:
         """What a device must have free. What libtpu calls temporaries is more than it allocates; its peak is right."""
-        return _needed(self.case.where, self._asdict())
+        if self.case.where.hardware.vendor == "google":
+            return self.peak
+        return self.argument + self.output - self.alias + self.temp
 
     @property
     def fits(self) -> bool:
@@ -128,12 +132,6 @@ class Compiled(NamedTuple):
         for collective in self.collectives:
             result["+".join(collective.axes)] += sent(collective, self.layout.mesh)
         return +result
-
-
-def _needed(where: Cluster, kinds: Mapping[str, int]) -> int:
-    if where.hardware.vendor == "google":
-        return kinds["peak"]
-    return kinds["argument"] + kinds["output"] - kinds["alias"] + kinds["temp"]
 
 
 def sent(collective: Collective, mesh: Mapping[str, int]) -> int:
@@ -158,9 +156,7 @@ def compile_case(case: Case, console: Console) -> Compiled:
         found = _compiled(case, layout, place, said, processor() - start)
         if found.fits and not said.refusal:
             return found
-        console.print(
-            f"  needs {words.gib(found.total)}: {said.refusal[:200] or 'more than a device has'}", style="dim"
-        )
+        console.print(f"  needs {words.gib(found.total)}, more than a device has. {said.refusal[:200]}", style="dim")
     raise RuntimeError(f"{case.model} on {case.cluster}: no layout that the planner ranked fits, says the compiler.")
 
 
@@ -217,16 +213,22 @@ def keep(found: Iterable[Compiled], file: Path = FILE) -> None:
         writer = csv.writer(lines, lineterminator="\n")
         writer.writerow([*Case._fields, "layout", "jax", "seconds", *_NUMBERS, "collectives"])
         for one in found:
-            usual = Layout()
-            names = [field.name for field in dataclasses.fields(Layout)]
-            layout = [f"{n}={getattr(one.layout, n)}" for n in names if getattr(one.layout, n) != getattr(usual, n)]
             exchanged = [f"{c.kind}/{'+'.join(c.axes)}={c.count}*{c.bytes}" for c in one.collectives]
             numbers = [getattr(one, name) for name in _NUMBERS]
-            writer.writerow([*one.case, " ".join(layout), one.jax, one.seconds, *numbers, " ".join(exchanged)])
+            writer.writerow([*one.case, _settings(one.layout), one.jax, one.seconds, *numbers, " ".join(exchanged)])
+
+
+def _settings(layout: Layout) -> str:
+    """What is not as usual."""
+    usual, mine = Layout(), dataclasses.asdict(layout)
+    mine = {name: value for name, value in mine.items() if value != getattr(usual, name)}
+    return " ".join(f"{name}={'+'.join(value) if name == 'offload' else value}" for name, value in mine.items())
 
 
 def _setting(word: str) -> tuple[str, Any]:
     name, _, value = word.partition("=")
+    if name == "offload":
+        return name, tuple(value.split("+"))
     return name, int(value) if value.isdigit() else {"True": True, "False": False}.get(value, value)
 
 
@@ -283,7 +285,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console, found = Console(width=WIDTH), kept()
     for case in () if given.stored else CASES:
         if case not in found or (given.again and given.again in f"{case.model} {case.cluster}"):
-            found[case] = compile_case(case, console)
+            try:
+                found[case] = compile_case(case, console)
+            except RuntimeError as error:  # of one case: the others are compiled all the same
+                console.print(str(error), style="bold")
             keep(found[one] for one in CASES if one in found)
     console.print(table("Models", [found[case] for case in MODELS if case in found], efficiency=False))
     curves = {title: [found[case] for case in curve if case in found] for title, curve in CURVES.items()}

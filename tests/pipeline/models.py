@@ -38,7 +38,18 @@ EXPERTS = dataclasses.replace(
 )
 # Two kinds of layers in turn: four repeats of the pattern.
 WINDOWS = dataclasses.replace(DENSE, layer_kinds=(LayerKind(window=5), LayerKind()) * 4)
-MODELS = {"dense": DENSE, "tied": TIED, "experts": EXPERTS, "windows": WINDOWS}
+# tp=2 divides them only with one head more.
+ODD_HEADS = dataclasses.replace(DENSE, heads=6, kv_heads=3, head_dim=16)
+# Two patterns one after the other.
+MIXED = dataclasses.replace(DENSE, layer_kinds=(LayerKind(window=5),) * 6 + (LayerKind(),) * 2)
+MODELS = {
+    "dense": DENSE,
+    "tied": TIED,
+    "experts": EXPERTS,
+    "windows": WINDOWS,
+    "odd heads": ODD_HEADS,
+    "mixed": MIXED,
+}
 
 INSIDE = {"pp": 2, "fsdp": 2, "tp": 2}
 
@@ -80,10 +91,19 @@ def reference(name, microbatches, layers=8, batch_rows=16, padded=False):
 @functools.cache
 def born(name, sharding, layers=8):
     """A model, with the same weights on every mesh."""
-    config = MODELS.get(name) or dataclasses.replace(DENSE, layer_kinds=(LayerKind(window=5),) * 6 + (LayerKind(),) * 2)
-    pattern = config.layer_kinds[:2] if name == "windows" else config.layer_kinds[:1]
-    if layers != len(config.layer_kinds):
-        config = dataclasses.replace(config, layer_kinds=pattern * (layers // len(pattern)))
+    make, placed = maker(name, sharding, layers), abstract(name, sharding, layers)
+    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, placed))()
+
+
+def abstract(name, sharding, layers=8):
+    return sharding.place(jax.eval_shape(maker(name, sharding, layers)))
+
+
+def maker(name, sharding, layers):
+    config = MODELS[name]
+    if layers != config.layers:
+        width = len(config.groups[0].pattern)
+        config = dataclasses.replace(config, layer_kinds=config.layer_kinds[:width] * (layers // width))
 
     def make():
         model = Decoder(config, sharding, key=jax.random.key(1))
@@ -92,8 +112,7 @@ def born(name, sharding, layers=8):
         scaled = [a * grow[leaf.path] for leaf, a in zip(leaves(model), jax.tree.leaves(model), strict=True)]
         return jax.tree.unflatten(jax.tree.structure(model), scaled)
 
-    placed = sharding.place(jax.eval_shape(make))
-    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, placed))()
+    return make
 
 
 @functools.cache

@@ -14,12 +14,16 @@ STEPS = 2
 @pytest.mark.parametrize(
     ("optimizer", "mesh", "strategy", "offload"),
     [
-        ("adamw", (1, 1, 1), "FULL_SHARD", ("optimizer",)),
-        ("adamw", (2, 2, 2), "FULL_SHARD", ("optimizer",)),
-        ("muon", (2, 2, 2), "OPTIMIZER", ("optimizer",)),
-        ("adamw", {"pp": 2, "fsdp": 2, "tp": 2}, "FULL_SHARD", ("optimizer",)),
-        ("adamw", (1, 1, 1), "FULL_SHARD", ("optimizer", "parameters")),
-        ("adamw", (2, 2, 2), "FULL_SHARD", ("optimizer", "parameters")),
+        ("adamw", (1, 2, 1), "FULL_SHARD", ("optimizer",)),
+        ("adamw", (1, 2, 1), "FULL_SHARD", ("optimizer", "parameters")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("muon", (2, 2, 2), "OPTIMIZER", ("optimizer",)),
+                ("adamw", {"pp": 2, "fsdp": 2, "tp": 2}, "FULL_SHARD", ("optimizer",)),
+                ("adamw", (2, 2, 2), "FULL_SHARD", ("optimizer", "parameters")),
+            )
+        ),
     ],
 )
 def test_offloading_changes_where_things_lie_and_nothing_else(optimizer, mesh, strategy, offload):
@@ -29,7 +33,7 @@ def test_offloading_changes_where_things_lie_and_nothing_else(optimizer, mesh, s
     assert losses == pytest.approx(wanted_losses, rel=1e-6)
     assert farthest(state.model, wanted.model)[0] <= 1e-6
     for part, tree in (("optimizer", state.optimizer), ("parameters", state.model)):
-        kinds = {array.sharding.memory_kind for array in jax.tree.leaves(tree) if array.ndim}
+        kinds = {array.sharding.memory_kind for array in jax.tree.leaves(tree) if array.ndim > 1}
         assert kinds == ({"pinned_host"} if part in offload else {wanted.step.sharding.memory_kind})
     abstract = abstract_state(
         config("llama"), sharding, lambda m: make_optimizer(optimizer, m), precision="float32", offload=offload
@@ -56,7 +60,7 @@ def test_a_transformation_of_ones_own_must_promise_to_treat_layers_apart():
 
 def test_layer_by_layer_muon_is_muon():
     """`OnlyLayerwise` against the same transformation run on whole stacks."""
-    model = born("llama", on((2, 2, 2)))
+    model = born("llama", on((1, 2, 1)))
     rule = make_optimizer("muon", model)
     at_once = optax.GradientTransformationExtraArgs(*rule)
     states = [

@@ -45,15 +45,15 @@ def losses(precision):
 
 def test_an_overflow_halves_the_scale_and_skips_and_good_steps_double_it():
     scaling = LossScaling(initial=2.0**40, growth_interval=3)
-    model = born("llama", on((1, 2, 1)))
+    model = born("llama", on((1, 1, 1)))
     rule = make_optimizer("sgd", model)
     options = {"precision": "float16", "loss_scaling": scaling, "on_nonfinite": "stop"}
     state, step = init_state(model, rule, **options), make_step(rule, **options)
-    abstract = abstract_state(config("llama"), on((1, 2, 1)), lambda m: make_optimizer("sgd", m), **options)
+    abstract = abstract_state(config("llama"), on((1, 1, 1)), lambda m: make_optimizer("sgd", m), **options)
     assert jax.tree.structure(abstract) == jax.tree.structure(state)
     expected, good = scaling.initial, 0
     seen = set()
-    for _ in range(40):
+    for _ in range(30):
         before = jax.device_get((state.model, state.optimizer))
         state, metrics = step(state, batch("llama"))
         assert float(metrics.loss_scale) == expected
@@ -67,7 +67,7 @@ def test_an_overflow_halves_the_scale_and_skips_and_good_steps_double_it():
         assert float(state.loss_scale.value) == expected
         assert int(state.loss_scale.good_steps) == good
     assert seen == {True, False}
-    assert int(state.step) == 40
+    assert int(state.step) == 30
 
 
 def test_the_scale_neither_leaves_float32_nor_falls_below_its_lowest():
@@ -81,7 +81,7 @@ def test_the_scale_neither_leaves_float32_nor_falls_below_its_lowest():
 
 @pytest.mark.parametrize("on_nonfinite", ["keep", "skip", "stop"])
 def test_a_step_that_is_not_finite_does_as_it_is_told(on_nonfinite):
-    model = poisoned(born("llama", on((1, 2, 1))), "embedding.weight", POISON)
+    model = poisoned(born("llama", on((1, 1, 1))), "embedding.weight", POISON)
     rule = make_optimizer("sgd", model)
     options = {"precision": "float32", "on_nonfinite": on_nonfinite}
     state, step = init_state(model, rule, **options), make_step(rule, **options)
@@ -106,9 +106,9 @@ def test_a_step_that_is_not_finite_does_as_it_is_told(on_nonfinite):
         assert int(state.step) == 1
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_what_is_not_finite_first_is_named(name):
-    sharding = on((1, 2, 1))
+def test_what_is_not_finite_first_is_named():
+    name = "llama"
+    sharding = on((1, 1, 1))
     rule = lambda model: make_optimizer("sgd", model)  # noqa: E731
     model = born(name, sharding, layers=LAYERS)
     sound = init_state(model, rule(model), precision="float16")
@@ -133,23 +133,6 @@ def test_what_is_not_finite_first_is_named(name):
     assert "the first that is not finite" in str(found)
 
 
-def test_a_gradient_that_is_not_finite_is_found_in_the_order_of_the_backward_pass():
-    """A scale that only one layer's gradients overflow with: those of layer 1, whose input is that large."""
-    model = born("llama", on((1, 1, 1)), layers=LAYERS)
-    # The norm in front of layer 1's MLP makes its gate's input large, and its weights make up for it.
-    for part in ("gate", "up"):
-        model = with_values(model, f"stacks.0.0.mlp.{part}.weight", lambda values: values.at[1].multiply(2.0**-9))
-    model = with_values(model, "stacks.0.0.mlp_norm.weight", lambda values: values.at[1].multiply(2.0**9))
-    state = init_state(model, make_optimizer("sgd", model), precision="float16")
-    for exponent in range(10, 60):
-        scale = state.loss_scale._replace(value=jnp.float32(2.0**exponent))
-        found = find_nonfinite(state._replace(loss_scale=scale), batch("llama"), precision="float16")
-        if found:
-            break
-    assert (found.where, found.layer) == ("gradient", 1)
-    assert "mlp" in found.path
-
-
 def test_reductions_are_what_the_precision_allows():
     assert reduction("mixed", None) == (None, jnp.float32)
     assert reduction("mixed", "float32") == ("float32", jnp.float32)
@@ -160,11 +143,11 @@ def test_reductions_are_what_the_precision_allows():
         reduction("float32", "bfloat16")
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_sums_in_float32_are_closer_to_those_of_one_device(name):
-    """Gradients of bfloat16 matmuls: summed over eight devices in bfloat16, and in float32."""
+    """Gradients of bfloat16 matmuls: summed over four devices in bfloat16, and in float32."""
     wanted = gradients(name, (1, 1, 1), "float32")
-    mesh = (1, 8, 1)
+    mesh = (1, 4, 1)
     error = {
         reduce_dtype: sum(distance(a, wanted[path]) for path, a in gradients(name, mesh, reduce_dtype).items())
         for reduce_dtype in ("bfloat16", "float32")

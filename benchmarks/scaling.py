@@ -10,7 +10,8 @@ out; and Llama-2-70B from 64 devices upwards at a fixed batch for each device, w
 program is whole, compiled for all of its devices: none of them is there, and no layer is left out.
 
 From the compiler come the bytes of one device and what it exchanges with others in a step. The seconds are the
-planner's, for the very layout that was compiled. Efficiency is that of weak scaling: tokens per second and device, as a
+planner's, for the very layout that was compiled; what the compiler for TPU takes one core to compute stands beside
+them as `core`. Efficiency is that of weak scaling: tokens per second and device, as a
 share of those on the smallest cluster.
 """
 
@@ -19,7 +20,6 @@ import csv
 import dataclasses
 import importlib.metadata
 import itertools
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,10 +30,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tbjax.planner import words
+from tbjax.planner import traffic, words
 from tbjax.planner.cost import Time, mfu, step_time
 from tbjax.planner.hardware import Cluster, cluster
-from tbjax.planner.hlo import Collective
+from tbjax.planner.hlo import Collective, collective
 from tbjax.planner.memory import memory
 from tbjax.planner.plan import Plan
 from tbjax.planner.verify import Verification, verify
@@ -44,7 +44,7 @@ FILE = Path(__file__).with_suffix(".csv")
 GiB = 1 << 30
 
 # Columns of the tables.
-WIDTH = 128
+WIDTH = 144
 
 # Seconds for one compilation: the longest here takes two minutes where nothing else runs.
 TIMEOUT = 3600
@@ -129,17 +129,15 @@ class Compiled(NamedTuple):
     def sent(self) -> Counter[str]:
         """Bytes that leave one device in a step, by the mesh axes along which they go."""
         result: Counter[str] = Counter()
-        for collective in self.collectives:
-            result["+".join(collective.axes)] += sent(collective, self.layout.mesh)
+        for exchanged in self.collectives:
+            result["+".join(exchanged.axes)] += exchanged.sent
         return +result
 
-
-def sent(collective: Collective, mesh: Mapping[str, int]) -> int:
-    """Bytes that leave each device of a group: of the whole buffer all but its own part, by the algorithms that send
-    least. A sum that all receive is a scattered sum and a gather; a permutation passes its buffer on once."""
-    members = math.prod(mesh[axis] for axis in collective.axes)
-    passes = {"all-reduce": 2.0, "collective-permute": members / (members - 1) if members > 1 else 0.0}
-    return round(collective.bytes * passes.get(collective.kind, 1.0) * (members - 1) / members)
+    @property
+    def core_seconds(self) -> float:
+        """TPU: how long the compiler takes one core to compute, transfers left out; 0 elsewhere."""
+        clock = self.case.where.hardware.clock
+        return self.cycles / clock if clock else 0.0
 
 
 # --- Compiling --------------------------------------------------------------------------------------------------------
@@ -192,18 +190,19 @@ def kept(file: Path = FILE) -> dict[Case, Compiled]:
         return {}
     with file.open(newline="") as lines:
         rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
-    found = [
-        Compiled(
-            case=Case(row["model"], row["cluster"], int(row["rows"]), int(row["seq_len"])),
-            layout=Layout(**dict(_setting(word) for word in row["layout"].split())),
-            jax=row["jax"],
-            seconds=float(row["seconds"]),
-            collectives=tuple(_collective(word) for word in row["collectives"].split()),
-            **{name: int(row[name]) for name in _NUMBERS},
-        )
-        for row in rows
-    ]
-    return {one.case: one for one in found}
+    return {one.case: one for one in map(_read, rows)}
+
+
+def _read(row: Mapping[str, str]) -> Compiled:
+    layout = Layout(**dict(_setting(word) for word in row["layout"].split()))
+    return Compiled(
+        case=Case(row["model"], row["cluster"], int(row["rows"]), int(row["seq_len"])),
+        layout=layout,
+        jax=row["jax"],
+        seconds=float(row["seconds"]),
+        collectives=tuple(_collective(word, layout.mesh) for word in row["collectives"].split()),
+        **{name: int(row[name]) for name in _NUMBERS},
+    )
 
 
 def keep(found: Iterable[Compiled], file: Path = FILE) -> None:
@@ -232,9 +231,9 @@ def _setting(word: str) -> tuple[str, Any]:
     return name, int(value) if value.isdigit() else {"True": True, "False": False}.get(value, value)
 
 
-def _collective(word: str) -> Collective:
+def _collective(word: str, mesh: Mapping[str, int]) -> Collective:
     (kind, axes), (count, size) = (part.split(by) for part, by in zip(word.split("="), "/*", strict=True))
-    return Collective(kind=kind, axes=tuple(filter(None, axes.split("+"))), count=int(count), bytes=int(size))
+    return collective(kind, tuple(filter(None, axes.split("+"))), int(count), int(size), mesh)
 
 
 # --- Showing ----------------------------------------------------------------------------------------------------------
@@ -252,7 +251,8 @@ def efficiencies(curve: Sequence[Compiled]) -> list[float]:
 
 def table(title: str, found: Sequence[Compiled], *, efficiency: bool) -> Table:
     result = Table(title=title, title_justify="left", box=box.SIMPLE)
-    numbers = ("GiB", "planned", "sent GiB", "compile", "step", "MFU", *(["efficiency"] if efficiency else []))
+    numbers = ("GiB", "planned", "sent GiB", "planned", "compile", "step", "core", "MFU", "efficiency")
+    numbers = numbers if efficiency else numbers[:-1]
     for heading in ("on" if efficiency else "model, on", "mesh", *numbers):
         result.add_column(heading, justify="right" if heading in numbers else "left", no_wrap=True)
     shares = efficiencies(found) if efficiency else [0.0] * len(found)
@@ -260,16 +260,19 @@ def table(title: str, found: Sequence[Compiled], *, efficiency: bool) -> Table:
         case = one.case
         config, time = model_config(case.model)[0], one.time
         planned = memory(config, case.workload, one.layout, case.where.hardware).total
+        planned_sent = sum(each.sent for each in traffic.collectives(config, case.workload, one.layout))
         exchanged = "\n".join(f"{axes} {size / GiB:.1f}" for axes, size in one.sent.most_common() if size > GiB / 20)
         batch = f"{words.count(case.workload.global_batch)} x {words.count(case.seq_len)}"
         result.add_row(
-            f"{'' if efficiency else case.model + chr(10)}{case.cluster}\n{batch}",
+            f"{'' if efficiency else case.model.split('/')[-1] + chr(10)}{case.cluster}\n{batch}",
             f"{words.mesh(one.layout)}\n{words.options(one.layout)}",
             f"{one.total / GiB:.1f}",
             f"{planned / GiB:.1f}",
             exchanged,
+            f"{planned_sent / GiB:.1f}",
             f"{one.seconds:.0f} s",
             words.seconds(time.total),
+            words.seconds(one.core_seconds) if one.cycles else "-",
             f"{mfu(time, config, case.workload, case.where):.1%}",
             *([f"{share:.1%}"] if efficiency else []),
         )

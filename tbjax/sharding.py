@@ -175,6 +175,10 @@ class Sharding:
                 )
         return NamedSharding(self.mesh, spec)
 
+    def constrain_parameter(self, value: jax.Array, leaf: Leaf, *, cut: bool) -> jax.Array:
+        """Tells the compiler that `value` is to lie like a parameter, cut over the data axes or not."""
+        return self._constrain(value, self.parameter(leaf.dims, leaf.variable.shape, leaf.path, cut=cut).spec)
+
     def use(self, variable: nnx.Variable, dtype: Any = None) -> jax.Array:
         """The value of a parameter, gathered over the axes that only store it (FSDP) and still cut over tp.
 

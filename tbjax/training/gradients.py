@@ -44,12 +44,14 @@ def gradients_of(
     over_microbatches: Any = None,
     trained: Iterable[str] | None = None,
     scale: jax.Array | None = None,
+    targets: jax.Array | None = None,
 ) -> tuple[jax.Array, Parameters, jax.Array]:
     """The loss (with the routers' auxiliary loss or without), its gradient by path, and the number of targets.
 
     Gradients are summed in the dtypes `over_devices` (None: that of the matmuls) and `over_microbatches` (None: that of
     the parameters), and are those of the `trained` parameters (None: of all). The loss is multiplied by `scale` on the
-    way, and loss and gradients are divided by it in the end.
+    way, and loss and gradients are divided by it in the end. `targets` is their number in the whole, if `batch` is but
+    a part (None: it is not).
     """
     if batch.tokens.shape[0] % (microbatches * model.sharding.size("dp", "fsdp", "ep")):
         raise ValueError(
@@ -58,9 +60,9 @@ def gradients_of(
         )
     every = as_dict(model)
     values = every if trained is None else {path: every[path] for path in trained}
-    targets = jnp.sum(batch.targets >= 0)
+    targets = jnp.sum(batch.targets >= 0) if targets is None else targets
     if over_devices is not None:
-        model = _with_sharding(model, dataclasses.replace(model.sharding, reduce_dtype=over_devices))
+        model = with_sharding(model, dataclasses.replace(model.sharding, reduce_dtype=over_devices))
 
     def lay_gradients(gradients: Parameters) -> Parameters:
         return lay(gradients, model, model.sharding.strategy.cuts_gradients)
@@ -154,7 +156,7 @@ def place_batch(batch: Batch, sharding: Sharding) -> Batch:
     return jax.tree.map(lambda a: sharding.constrain(a, "batch", "sequence"), batch)
 
 
-def _with_sharding(model: Decoder, sharding: Sharding) -> Decoder:
+def with_sharding(model: Decoder, sharding: Sharding) -> Decoder:
     """The same parameters in a model that is laid out by another `Sharding`."""
     other = jax.eval_shape(lambda: Decoder(model.config, sharding, dtype=model.dtype, scan=model.scan))
     return jax.tree.unflatten(jax.tree.structure(other), jax.tree.leaves(model))

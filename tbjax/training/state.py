@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tbjax.config import ModelConfig
 from tbjax.model import Decoder
 from tbjax.sharding import Sharding, leaves
+from tbjax.training import compression as compressing
 from tbjax.training.optimizer import Parameters, as_dict, in_host, place_state
 from tbjax.training.precision import (
     LossScale,
@@ -41,6 +42,8 @@ class TrainState(NamedTuple):
     loss_scale: LossScale | None = None  # in float16
     # Where on_nonfinite="stop": whether that has happened, after which no step changes anything.
     stopped: Any = None
+    # With top-k compression: what of its gradients each device has not sent yet, [dp, ...] by path.
+    residual: Parameters | None = None
 
 
 class Batch(NamedTuple):
@@ -77,6 +80,7 @@ def abstract_state(
     frozen: Rule | None = None,
     on_nonfinite: OnNonfinite = "keep",
     loss_scaling: LossScaling | None = None,
+    compression: compressing.Asked = None,
 ) -> TrainState:
     """The shape, dtype and place of everything that a step holds on to; `optimizer` makes one for an abstract model.
 
@@ -84,9 +88,11 @@ def abstract_state(
     """
     parameter_dtype, _ = dtypes(precision)
     model = sharding.place(jax.eval_shape(lambda: Decoder(config, sharding, dtype=parameter_dtype)))
-    rule = optimizer(model)
+    rule, compress = optimizer(model), compressing.parse(compression)
     check_offload(offload, rule)
+    compressing.check(compress, model, offload)
     state = _abstract_optimizer_state(model, rule, offload, frozen)
+    residual = compressing.abstract_residual(compress, model, trainable(model, frozen))
     if "parameters" in offload:
         model = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=in_host(a.sharding)), model)
     replicated = NamedSharding(sharding.mesh, PartitionSpec())
@@ -94,7 +100,7 @@ def abstract_state(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated),
         jax.eval_shape(lambda: _rest(precision, on_nonfinite, loss_scaling)),
     )
-    return TrainState(model, state, *rest)
+    return TrainState(model, state, *rest, residual=residual)
 
 
 def init_state(
@@ -106,15 +112,20 @@ def init_state(
     frozen: Rule | None = None,
     on_nonfinite: OnNonfinite = "keep",
     loss_scaling: LossScaling | None = None,
+    compression: compressing.Asked = None,
 ) -> TrainState:
     """The state before the first step, with the optimizer's born where it is to lie. Options as of `make_step`."""
     check_offload(offload, optimizer)
+    compress = compressing.parse(compression)
+    compressing.check(compress, model, offload)
+    residual = compressing.first_residual(compress, model, trainable(model, frozen))
     placed = _abstract_optimizer_state(model, optimizer, offload, frozen)
     state = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda a: a.sharding, placed))(trainable(model, frozen))
     if "parameters" in offload:
         model = jax.tree.map(lambda a: jax.device_put(a, in_host(a.sharding)), model)
     replicated = NamedSharding(model.sharding.mesh, PartitionSpec())
-    return TrainState(model, state, *jax.device_put(_rest(precision, on_nonfinite, loss_scaling), replicated))
+    rest = jax.device_put(_rest(precision, on_nonfinite, loss_scaling), replicated)
+    return TrainState(model, state, *rest, residual=residual)
 
 
 def resumed(state: TrainState) -> TrainState:

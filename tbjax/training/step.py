@@ -16,9 +16,11 @@ import optax
 from tbjax.pipeline.schedule import Schedule
 from tbjax.pipeline.training import StageRemat
 from tbjax.remat import Remat
+from tbjax.training import compression as compressing
 from tbjax.training.gradients import gradients_of, loss_of, place_batch
 from tbjax.training.nonfinite import Nonfinite, find_nonfinite
 from tbjax.training.optimizer import as_dict, with_parameters
+from tbjax.training.per_device import gradients_per_device
 from tbjax.training.precision import (
     DTYPES,
     LossScaling,
@@ -74,6 +76,7 @@ def make_step(
     frozen: Rule | None = None,
     on_nonfinite: OnNonfinite = "keep",
     loss_scaling: LossScaling | None = None,
+    compression: compressing.Asked = None,
 ) -> jax.stages.Wrapped:
     """The step, jitted; it takes the state's memory for the next state.
 
@@ -89,12 +92,16 @@ def make_step(
     A step whose loss or gradients are not finite is applied all the same ("keep"), leaves parameters and optimizer
     state as they were ("skip"), or does that and so does every step that follows ("stop"): whoever reads
     `Metrics.finite` then finds the state as it was before. In float16 a step that overflows is left out in any case.
+
+    `compression` is how gradients are summed over dp by sending less than all of them: "top-k:0.01", "random-k:0.1",
+    "int8" or a value of `tbjax.training.compression`. Microbatches are summed before anything is sent.
     """
     _, dtype = dtypes(precision)
     over_devices, over_microbatches = reduction(precision, reduce_dtype)
     offload, scaling = tuple(offload), scaling_of(precision, loss_scaling)
     check_on_nonfinite(on_nonfinite)
     check_offload(offload, optimizer)
+    compress = compressing.parse(compression)
     if "activations" in offload:
         remat = Remat.parse(remat).offloading()
     layerwise = "optimizer" in offload or "parameters" in offload
@@ -103,7 +110,10 @@ def make_step(
         model = state.model
         batch = place_batch(batch, model.sharding)
         values, scale = trainable(model, frozen), state.loss_scale
-        loss, gradients, targets = gradients_of(
+        compressing.check(compress, model, offload)
+        compressing.check_residual(compress, state.residual)
+        find = gradients_of if compress is None else gradients_per_device
+        loss, gradients, targets = find(
             model,
             batch,
             dtype=dtype,
@@ -116,10 +126,15 @@ def make_step(
             trained=values.keys(),
             scale=None if scale is None else scale.value,
         )
+        residual, all_finite = None, True
+        if compress is not None:
+            gradients, residual, all_finite = compressing.reduced(
+                compress, model, gradients, state.residual, state.step
+            )
         gradients = lay(gradients, model, model.sharding.strategy.cuts_optimizer)
         norm = norm_of(gradients, model)
         loss_finite = jnp.isfinite(loss)
-        finite = well = loss_finite & jnp.isfinite(norm)
+        finite = well = loss_finite & jnp.isfinite(norm) & all_finite
         if scale is not None and scaling is not None:
             # A gradient that overflows is the scale's fault, as long as there is a smaller one.
             well = finite | (loss_finite & (scale.value > scaling.lowest))
@@ -128,6 +143,8 @@ def make_step(
         guarded = on_nonfinite != "keep" or scale is not None
         update = Update(optimizer, model, norm, applies if guarded else None)
         values, optimizer_state = apply(update, gradients, state.optimizer, values, layerwise=layerwise)
+        if guarded:
+            residual = jax.tree.map(lambda old, new: jnp.where(applies, new, old), state.residual, residual)
         if scale is not None and scaling is not None:
             scale = next_scale(scale, finite, scaling)
         following = TrainState(
@@ -136,6 +153,7 @@ def make_step(
             state.step + (1 if stopped is None else jnp.where(stopped, 0, 1)),
             scale,
             stopped,
+            residual,
         )
         metrics = Metrics(
             loss,

@@ -68,9 +68,7 @@ def lay(values: Any, model: Decoder, cut: bool) -> Parameters:
     return {
         leaf.path: values[leaf.path]
         if on_host(values[leaf.path])  # where it was put, and to be taken from there row by row
-        else jax.lax.with_sharding_constraint(
-            values[leaf.path], sharding.parameter(leaf.dims, leaf.variable.shape, leaf.path, cut=cut)
-        )
+        else sharding.constrain_parameter(values[leaf.path], leaf, cut=cut)
         for leaf in leaves(model)
         if leaf.path in values
     }

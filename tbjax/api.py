@@ -294,6 +294,8 @@ def abstract(
     plan = mesh if isinstance(mesh, Plan) else None
     if plan:
         sharding, sequence_parallel = settings_of(plan, config, sharding, sequence_parallel)
+        if plan.workload.training and plan.layout.pp > 1 and schedule is None:
+            schedule = named(plan.layout.schedule, plan.layout.chunks)
     strategy = ShardingStrategy.FULL_SHARD if sharding is None else sharding
     layout = Sharding(make_mesh(mesh), ShardingStrategy(strategy), bool(sequence_parallel))
     if schedule is not None or stage_layers is not None:

@@ -106,6 +106,10 @@ def train(
     offload: Annotated[
         str | None, typer.Option(rich_help_panel=_MEMORY, help="To the host's memory: optimizer; optimizer,parameters.")
     ] = None,
+    compression: Annotated[
+        str | None,
+        typer.Option(rich_help_panel=_MEMORY, help="Of gradients summed over dp: top-k:0.01, random-k:0.1, int8."),
+    ] = None,
     sharding: Annotated[Strategy, typer.Option(rich_help_panel=_MEMORY, help="What fsdp shares out.")] = "FULL_SHARD",
     checkpoint_dir: Annotated[
         Path | None, typer.Option(rich_help_panel=_OUTPUT, help="The run's state; a run that stands there goes on.")
@@ -146,6 +150,7 @@ def train(
         "microbatches": microbatches,
         "pipeline": pipeline,
         "offload": None if offload is None else offload.split(","),
+        "compression": compression,
         "save_every": save_every,
         "eval_every": eval_every,
         "eval_batches": eval_batches,

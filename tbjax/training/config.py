@@ -23,6 +23,7 @@ from tbjax.pipeline.schedule import named
 from tbjax.planner.plain import plain, restore
 from tbjax.planner.plan import Plan
 from tbjax.remat import Remat
+from tbjax.training import compression
 from tbjax.training.learning_rate import Schedule, learning_rate
 from tbjax.training.optimizer import Layerwise, Name, OnlyLayerwise, make_optimizer
 from tbjax.training.step import DTYPES, Precision
@@ -89,6 +90,7 @@ class TrainConfig:
     chunks: int | None = None  # pieces of the model on a stage, for the interleaved schedule
     offload: tuple[Offloaded, ...] | None = None  # what lies in the host's memory between its uses
     reduce_dtype: Literal["float32", "bfloat16"] | None = None  # of gradients on their way between devices
+    compression: str | None = None  # of gradients summed over dp: "top-k:0.01", "random-k:0.1", "int8"
     z_loss: float = 0.0  # weight of the squared logarithm of the softmax's sum
 
     # After a step whose loss or gradient is no finite number: end the run, go on without that step, or let it be.
@@ -135,6 +137,7 @@ class TrainConfig:
                 _one_of("offload", name, get_args(Offloaded))
         if self.remat not in (None, "stage"):
             Remat.parse(self.remat)  # raises where it is not understood
+        compression.parse(self.compression)
         if self.pipeline is not None:
             named(self.pipeline, self.chunks)  # raises where there is no such schedule
         self._check_optimizer()
@@ -206,6 +209,7 @@ class TrainConfig:
             "offload": self.offload,
             "frozen": self.frozen,
             "on_nonfinite": self.on_nonfinite,
+            "compression": self.compression,
         }
 
     def step_options(self, model: Decoder) -> dict[str, Any]:

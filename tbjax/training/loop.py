@@ -92,15 +92,8 @@ def train(
     alone.
     """
     run = _Run(model, data, config, eval_data, checkpoint_dir, resume)
-    sinks: list[Log] = []
-    if writes():
-        if log_file is not None:
-            sinks.append(JsonLines(log_file))
-        if tensorboard is not None:
-            sinks.append(TensorBoard(tensorboard))
-        if progress:
-            sinks.append(ProgressLine(config.steps, run.step))
     try:
+        sinks = _sinks(config.steps, run.step, log_file, tensorboard, progress)
         with Logs(sinks) as logs, Interruption() as interruption:
             end = run.steps(logs, interruption, on_record)
     finally:
@@ -114,6 +107,20 @@ def train(
         records=run.records,
         evaluations=run.evaluations,
     )
+
+
+def _sinks(
+    steps: int, done: int, log_file: str | Path | None, tensorboard: str | Path | None, progress: bool
+) -> list[Log]:
+    """The logs that were asked for; none in any process but the first."""
+    if not writes():
+        return []
+    made: list[Log] = [] if tensorboard is None else [TensorBoard(tensorboard)]
+    if log_file is not None:
+        made.append(JsonLines(log_file))
+    if progress:
+        made.append(ProgressLine(steps, done))
+    return made
 
 
 def make_train_step(

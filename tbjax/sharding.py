@@ -130,6 +130,11 @@ class Sharding:
         if self.context not in (None, *get_args(ContextMethod)):
             known = ", ".join(map(repr, get_args(ContextMethod)))
             raise ValueError(f"context={self.context!r} is unknown: tbjax knows {known}.")
+        if self.context == "ring" and self.size("pp") > 1:
+            raise ValueError(
+                f"context='ring' does not go with pp={self.size('pp')}: stages of a pipeline do different things at a "
+                "time, and the ring's transfers name devices of all stages; context='gather' would do."
+            )
         if self.cut is not None and self.cut.stages != self.size("pp"):
             raise ValueError(f"the cut is for pp={self.cut.stages}, but the mesh has pp={self.size('pp')}.")
 

@@ -120,6 +120,8 @@ def test_what_does_not_divide_is_refused_with_what_would():
         context.check(on({"cp": 4}), 30)
     with pytest.raises(ValueError, match="context='tree' is unknown: tbjax knows 'ring', 'gather'"):
         Sharding(on({"cp": 4}).mesh, context="tree")
+    with pytest.raises(ValueError, match=r"context='ring' does not go with pp=2.*context='gather' would do"):
+        on({"pp": 2, "cp": 4}, context="ring")
 
 
 # Models.

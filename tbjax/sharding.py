@@ -232,7 +232,7 @@ class Sharding:
             rows = self._constrain(self.use(table, dtype), used)
             if _inside_shard_map():
                 return self._lookup_by_part(tokens, rows, used, dtype or table.dtype)
-            return _take(rows, tokens, table.shape[0]).astype(dtype or table.dtype)
+            return cast(jax.Array, _take(rows, tokens, table.shape[0])).astype(dtype or table.dtype)
         found = jnp.take(table[...], tokens, axis=0, mode="clip").astype(dtype or table.dtype)
         return self._constrain(
             found, self.activation((*leading_dims(found), table.dims[1]), found.shape, STATIONARY_AXES)

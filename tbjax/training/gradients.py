@@ -71,8 +71,8 @@ def gradients_of(
         return loss if scale is None else loss * scale
 
     def unscaled(total: jax.Array, gradients: Parameters) -> tuple[jax.Array, Parameters, jax.Array]:
-        if scale is not None:
-            total, gradients = jax.tree.map(lambda a: a / scale.astype(a.dtype), (total, gradients))
+        if (divisor := scale) is not None:
+            total, gradients = jax.tree.map(lambda a: a / divisor.astype(a.dtype), (total, gradients))
         return total, gradients, targets
 
     if model.sharding.size("pp") > 1:

@@ -91,17 +91,19 @@ def make_optimizer(
 def clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
     """As `optax.clip_by_global_norm`, of gradients whose norm may be known already (`gradient_norm`)."""
 
-    def update(
-        gradients: Any, state: Any, parameters: Any = None, *, gradient_norm: jax.Array | None = None, **_: Any
-    ) -> Any:
-        norm = optax.tree.norm(gradients) if gradient_norm is None else gradient_norm
+    def init(params: Any) -> Any:
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        known = extra.get("gradient_norm")
+        norm = optax.tree.norm(updates) if known is None else known
 
         def clip(gradient: jax.Array) -> jax.Array:
             return jax.lax.select(norm < largest, gradient, gradient / norm.astype(gradient.dtype) * largest)
 
-        return jax.tree.map(clip, gradients), state
+        return jax.tree.map(clip, updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _muon(
@@ -110,10 +112,10 @@ def _muon(
     """Muon for the matrices of layers and AdamW for the rest, as `optax.contrib.muon` joins them; but that one can
     decay all or nothing of what is left to AdamW."""
 
-    def numbers(values: Parameters) -> dict[str, Any]:
+    def numbers(values: Any) -> Any:
         return {path: _orthogonalised(found[path]) or optax.MaskedNode() for path in values}
 
-    def widened(updates: Parameters, _: Any = None) -> Parameters:
+    def widened(updates: Any, params: Any = None) -> Any:
         """Times what makes updates of matrices of any shape as large as those of square ones (Jordan's factor)."""
         result = dict(updates)
         for path, dims in numbers(updates).items():
@@ -122,7 +124,7 @@ def _muon(
                 result[path] = updates[path] * math.sqrt(max(1, fan_out / fan_in))
         return result
 
-    rules = {
+    rules: dict[Any, optax.GradientTransformation] = {
         "muon": optax.chain(
             contrib.scale_by_muon(weight_dimension_numbers=numbers),
             optax.stateless(widened),

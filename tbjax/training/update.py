@@ -129,9 +129,8 @@ def _updates(update: Update, gradients: Parameters, state: Any, values: Paramete
 
 
 def _unless_finite(update: Update, old: Any, new: Any) -> Any:
-    if update.finite is None:
-        return new
-    return jax.tree.map(lambda a, b: jnp.where(update.finite, b, a), old, new)
+    finite = update.finite
+    return new if finite is None else jax.tree.map(lambda a, b: jnp.where(finite, b, a), old, new)
 
 
 def _lay_state(state: Any, model: Decoder) -> Any:
@@ -244,7 +243,8 @@ def _step(
     before = state.join(state._replace(own=[there(tree, strategy.cuts_optimizer) for tree in old_own]))
     updates, after = _updates(update, gradients_there, before, values_there)
     after = _take_apart(after, part)
-    new_values = there(optax.apply_updates(values_there, updates), strategy.cuts_parameters)
+    updated: Any = optax.apply_updates(values_there, updates)
+    new_values = there(updated, strategy.cuts_parameters)
     new_own = [there(tree, strategy.cuts_optimizer) for tree in after.own]
     new = _unless_finite(update, (old_values, old_own), (new_values, new_own))
     new_values, new_own = jax.tree.map(lambda a, host: _to_host(a) if host else a, new, hosted)

@@ -28,10 +28,10 @@ USUAL_ANSWER = 512
 
 # What is planned for and cannot be run yet, by task: each setting, and the value that can.
 NOT_YET: Mapping[Task, Mapping[str, Any]] = {
-    "train": {"cp": 1, "offload": ()},
-    "inference": {"pp": 1, "cp": 1},
+    "train": {},
+    "inference": {"cp": 1},
 }
-_MEANS = {"pp": "pipelines that generate text", "cp": "context parallelism"}
+_MEANS = {"cp": "serving with context parallelism"}
 
 
 def plan(
@@ -70,8 +70,7 @@ def plan(
 
     What is None is chosen. `mesh` fixes axes: a dict those that it names, a tuple (dp, fsdp, tp) all, with -1 for
     those to choose. Offloading is the last resort unless `offload` names what to offload, or is "any": wherever it
-    helps on paper. `runnable=True` chooses among what tbjax can run today: no context parallelism or offloading, and
-    pipelines in training alone.
+    helps on paper. `runnable=True` chooses among what tbjax can run today: no context parallelism in inference.
 
     `objective` is "throughput", "latency" or "memory". With `search="verified"` the target's compiler compiles the best
     few, so they must be runnable.

@@ -76,7 +76,7 @@ def plan(
     objective: Annotated[Objective, typer.Option(help="What the best plan has most or least of.")] = "throughput",
     search: Annotated[Search, typer.Option(help="verified: the compiler judges the best few.")] = "analytic",
     runnable: Annotated[
-        bool, typer.Option("--runnable", help="Only what tbjax can run today: no cp or offloading; pp in training.")
+        bool, typer.Option("--runnable", help="Only what tbjax can run today: no cp in inference.")
     ] = False,
     mesh: Annotated[
         str,

@@ -150,9 +150,10 @@ class Space:
         return self._refuse_uneven("ep", sizes["ep"], "ep")
 
     def _refuse_cp(self, sizes: Mapping[str, int]) -> Refusal | None:
-        length = self.workload.prompt_len or self.workload.seq_len
-        if length % sizes["cp"]:
-            return Refusal("cp", f"a sequence of {length} does not divide over cp={sizes['cp']}")
+        # Every device has a chunk from the front of the sequence and one from the back (`tbjax.layers.context`).
+        length, ways = self.workload.prompt_len or self.workload.seq_len, 2 * sizes["cp"]
+        if length % ways:
+            return Refusal("cp", f"a sequence of {length} does not divide into the {ways} chunks of cp={sizes['cp']}")
         return None
 
     def _refuse_pp(self, sizes: Mapping[str, int]) -> Refusal | None:

@@ -256,8 +256,8 @@ def _loss(step: Step) -> Parts:
         logits *= 4 + step.compute
         turned = step.narrow or (step.compiler == "nvidia" and step.gathers)
         if turned and step.table * step.compute > logits:
-            # As it is gathered, and as the matmul takes it; the first is gone once there are logits.
-            head, logits = head + step.compute, 0
+            # As it is gathered, and as the matmul takes it. The first is gone once there are logits, unless tp cuts it.
+            head, logits = head + step.compute, logits if step.layout.tp > 1 else 0
     states = 2 * step.tokens * step.config.embed * step.compute
     return {"head": step.table * head, "logits": logits, "working set": states}
 

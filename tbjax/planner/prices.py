@@ -233,18 +233,19 @@ class Prices:
         self, rows: int, sequence: int, tp: int, cp: int, ep: int, sequence_parallel: bool, remat: Remat | None
     ) -> Talk:
         """The collectives of an average layer: in training forwards, again and backwards; with no `remat`, forwards."""
-        sizes = {"tp": tp, "cp": cp, "ep": ep}
         said = traffic.layer(
             self.config,
             self.workload,
             rows,
             sequence,
-            **sizes,
+            tp=tp,
+            cp=cp,
+            ep=ep,
             sequence_parallel=sequence_parallel,
             remat=remat,
             prunes=self.stack.prunes,
         )
-        return Talk(*(self.spent(messages, **sizes) for messages in said))
+        return Talk(*(self.spent(messages, tp=tp, cp=cp, ep=ep) for messages in said))
 
     def _ends_talk(self, rows: int, sequence: int, tp: int, cp: int, sequence_parallel: bool) -> float:
         """The collectives of the model's ends."""

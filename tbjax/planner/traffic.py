@@ -17,6 +17,7 @@ from tbjax.config import ModelConfig
 from tbjax.mesh import AXES
 from tbjax.pipeline.grid import lay_out
 from tbjax.pipeline.schedule import named
+from tbjax.planner.compilers import Compiler
 from tbjax.planner.hlo import Collective, collective
 from tbjax.planner.parameters import shards
 from tbjax.planner.workload import Layout, Remat, Workload
@@ -63,16 +64,20 @@ def layer(
     sequence_parallel: bool,
     remat: Remat | None,
     prunes: bool = True,
+    joins: bool = True,
 ) -> Spoken:
     """An average layer: in training forwards, again and backwards; with no `remat`, forwards.
 
-    `prunes` says that what is computed again leaves out what the backward pass does not ask for.
+    `prunes` says that what is computed again leaves out what the backward pass does not ask for; `joins`, that the
+    gradients by all matrices that lead into a block are added up before they are summed over devices.
     """
     size = stream(config, workload, rows, sequence, cp)
     sparse = sum(kind.sparse for kind in config.layer_kinds) / config.layers
     # Two blocks, each a collective before (sequence parallel: a gather) and one after (a scatter; without, a reduction
     # that is both at once) forwards and backwards. Recomputation runs them again as far as it goes.
     gathers, scatters = (2.0, 2.0) if remat is None else (6.0, 4.0)  # the cut inputs are gathered again backwards
+    if remat is not None and not joins:
+        scatters += 2.0 + config.gated_mlp
     if remat in ("full", "stage"):
         scatters += 1.0 if prunes else 2.0
     if remat == "stage":  # forwards once more
@@ -209,14 +214,21 @@ def gradients(
     return Sums(_said((Message("all-reduce", whole, 4 * table),), sizes), _said(found, sizes))
 
 
-def step(config: ModelConfig, workload: Workload, layout: Layout) -> tuple[Message, ...]:
-    """All of a training step on one device: on the fullest stage of a pipeline, and with both ends of the model."""
+def step(config: ModelConfig, workload: Workload, layout: Layout, compiler: Compiler = "cuda") -> tuple[Message, ...]:
+    """All of a training step on one device: on the fullest stage of a pipeline, and with both ends of the model.
+
+    XLA for CPUs sums more than the other compilers: the gradient by each matrix on its own, and whole where a device
+    keeps a part.
+    """
+    plain = compiler == "cpu"
     m, layers = layout.microbatches, -(-config.layers // layout.pp)
     sizes: dict[str, Any] = dict(layout.mesh)
     rows, sequence, size = layout.rows(workload), workload.seq_len, workload.compute_bytes
     parallel, cut = layout.sequence_parallel, layout.strategy.cuts_parameters
     over = {axis: sizes[axis] for axis in ("tp", "cp", "ep")}
-    said = layer(config, workload, rows, sequence, **over, sequence_parallel=parallel, remat=layout.remat)
+    said = layer(
+        config, workload, rows, sequence, **over, sequence_parallel=parallel, remat=layout.remat, joins=not plain
+    )
     found = [message for part in said for message in _times(part, m * layers)]
     found += _times(ends(config, workload, rows, sequence, tp=layout.tp, cp=layout.cp, sequence_parallel=parallel), m)
     if cut:
@@ -235,6 +247,8 @@ def step(config: ModelConfig, workload: Workload, layout: Layout) -> tuple[Messa
         found.append(Message("all-gather", BOTH, workload.parameter_bytes * held))
     if layout.pp > 1:
         found += _between_stages(config, workload, layout)
+    if plain:
+        found = [each._replace(kind="all-reduce") if each.kind == "reduce-scatter" else each for each in found]
     return _said(found, sizes)
 
 
@@ -256,11 +270,13 @@ def _between_stages(config: ModelConfig, workload: Workload, layout: Layout) -> 
     )
 
 
-def collectives(config: ModelConfig, workload: Workload, layout: Layout) -> tuple[Collective, ...]:
+def collectives(
+    config: ModelConfig, workload: Workload, layout: Layout, compiler: Compiler = "cuda"
+) -> tuple[Collective, ...]:
     """All of a training step, as what a compiler made of it is written."""
     runs: dict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
     volumes: dict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
-    for kind, axes, size, count in step(config, workload, layout):
+    for kind, axes, size, count in step(config, workload, layout, compiler):
         runs[kind, axes] += count
         volumes[kind, axes] += count * size
     return tuple(collective(*key, runs[key], volumes[key], layout.mesh) for key in sorted(runs))

@@ -147,7 +147,7 @@ def _beside(config: ModelConfig, workload: Workload, layout: Layout, found: Veri
     """What was compiled, with what the planner says of it."""
     time = step_time(config, workload, layout, found.cluster)
     seconds = {"step": time.total, "prefill": time.prefill, "decode": time.decode}[found.compiled.name]
-    said = traffic.collectives(config, workload, layout) if workload.training else ()
+    said = traffic.collectives(config, workload, layout, found.compiler) if workload.training else ()
     return dataclasses.replace(found, predicted=said, predicted_seconds=seconds)
 
 

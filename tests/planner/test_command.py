@@ -199,7 +199,9 @@ def test_verifying_says_what_is_wrong(tmp_path):
 
 def test_a_plan_that_cannot_be_compiled_yet_says_so(tmp_path):
     file = tmp_path / "plan.json"
-    planned = run("plan", "smollm2-135m", "--hardware", "h100:8", "--cp", "2", "--json", file, "-q")
+    planned = run(
+        "plan", "smollm2-135m", "--hardware", "h100:8", "--task", "inference", "--cp", "2", "--json", file, "-q"
+    )
     assert planned.exit_code == 0
     result = run("verify", file)
     assert result.exit_code == 1

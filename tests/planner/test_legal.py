@@ -112,7 +112,7 @@ def test_factorizations_are_counted_as_they_are_listed(number, parts):
         (model(embed=36), "h100:8", 8, {}, "an embedding 36 wide cannot be cut evenly over fsdp=8"),
         (model(), "h100:8", 8, {}, "4 layers < pp 8: a stage would have none"),
         (model(), "h100:8", 12, {}, "a batch of 12 sequences does not divide over dp=8"),
-        (model(), "v5p:4x4x12", 192, {}, "a sequence of 128 does not divide over cp=3"),
+        (model(), "v5p:4x4x12", 192, {}, "a sequence of 128 does not divide into the 6 chunks of cp=3"),
         (sparse(6), "h100:4", 4, {}, "6 experts cannot be cut evenly over ep=4"),
         (model(), "h100:4", 4, {"ep": 2}, "ep=2: the model has no experts"),
     ],

@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling                     compiles what benchmarks/scaling.csv lacks, prints the tables
     python -m benchmarks.scaling --stored            prints them from that file alone, in seconds
-    python -m benchmarks.scaling --again falcon      compiles again what has the word in its model or its cluster
+    python -m benchmarks.scaling v5p 405B            compiles only what has both words in its model and its cluster
     python -m benchmarks.scaling --stored --svg FILE draws the curves
 
 Two tables. The models that others train on such machines, each laid out as `tbjax.plan(..., runnable=True)` lays it
@@ -12,7 +12,8 @@ program is whole, compiled for all of its devices: none of them is there, and no
 From the compiler come the bytes of one device and what it exchanges with others in a step. The seconds are the
 planner's, for the very layout that was compiled; what the compiler for TPU takes one core to compute stands beside
 them as `core`. Efficiency is that of weak scaling: tokens per second and device, as a
-share of those on the smallest cluster.
+share of those on the smallest cluster. It is efficiency on paper: no link is slower than its vendor says, no device waits
+for another that has more to do, and none fails.
 """
 
 import argparse
@@ -121,11 +122,6 @@ class Compiled(NamedTuple):
         return self.total <= self.case.where.hardware.usable
 
     @property
-    def time(self) -> Time:
-        """The planner's price of the layout."""
-        return step_time(model_config(self.case.model)[0], self.case.workload, self.layout, self.case.where)
-
-    @property
     def sent(self) -> Counter[str]:
         """Bytes that leave one device in a step, by the mesh axes along which they go."""
         result: Counter[str] = Counter()
@@ -138,6 +134,27 @@ class Compiled(NamedTuple):
         """TPU: how long the compiler takes one core to compute, transfers left out; 0 elsewhere."""
         clock = self.case.where.hardware.clock
         return self.cycles / clock if clock else 0.0
+
+
+class Point(NamedTuple):
+    """A case as it is shown: with what the planner says of it, and with what the compiler does if it was asked."""
+
+    case: Case
+    layout: Layout  # that was compiled, or that would be
+    compiled: Compiled | None
+
+    @property
+    def devices(self) -> int:
+        return self.case.where.devices
+
+    @property
+    def time(self) -> Time:
+        return step_time(model_config(self.case.model)[0], self.case.workload, self.layout, self.case.where)
+
+
+def point(case: Case, found: Mapping[Case, Compiled]) -> Point:
+    compiled = found.get(case)
+    return Point(case, compiled.layout if compiled else case.plan().layout, compiled)
 
 
 # --- Compiling --------------------------------------------------------------------------------------------------------
@@ -239,62 +256,66 @@ def _collective(word: str, mesh: Mapping[str, int]) -> Collective:
 # --- Showing ----------------------------------------------------------------------------------------------------------
 
 
-def tokens_per_device(one: Compiled) -> float:
+def tokens_per_device(one: Point) -> float:
     """Tokens per second that one device trains on, as the planner prices it."""
     return one.case.rows * one.case.seq_len / one.time.total
 
 
-def efficiencies(curve: Sequence[Compiled]) -> list[float]:
+def efficiencies(curve: Sequence[Point]) -> list[float]:
     """Tokens per second and device, as a share of those on the smallest cluster."""
     return [tokens_per_device(one) / tokens_per_device(curve[0]) for one in curve]
 
 
-def table(title: str, found: Sequence[Compiled], *, efficiency: bool) -> Table:
+def table(title: str, points: Sequence[Point], *, efficiency: bool) -> Table:
+    """Compiled and planned side by side; of a curve also its efficiency, of different models their names."""
     result = Table(title=title, title_justify="left", box=box.SIMPLE)
-    numbers = ("GiB", "planned", "sent GiB", "planned", "compile", "step", "core", "MFU", "efficiency")
-    numbers = numbers if efficiency else numbers[:-1]
-    for heading in ("on" if efficiency else "model, on", "mesh", *numbers):
-        result.add_column(heading, justify="right" if heading in numbers else "left", no_wrap=True)
-    shares = efficiencies(found) if efficiency else [0.0] * len(found)
-    for one, share in zip(found, shares, strict=True):
+    for heading in ("on" if efficiency else "model, on", "mesh"):
+        result.add_column(heading, no_wrap=True)
+    figures = ("GiB", "planned", "sent GiB", "planned", "compile", "core", "step", "MFU")
+    for heading in (*figures, "efficiency") if efficiency else figures:
+        result.add_column(heading, justify="right", no_wrap=True)
+    for one, share in zip(points, efficiencies(points), strict=True):
         case = one.case
-        config, time = model_config(case.model)[0], one.time
-        planned = memory(config, case.workload, one.layout, case.where.hardware).total
-        planned_sent = sum(each.sent for each in traffic.collectives(config, case.workload, one.layout))
-        exchanged = "\n".join(f"{axes} {size / GiB:.1f}" for axes, size in one.sent.most_common() if size > GiB / 20)
         batch = f"{words.count(case.workload.global_batch)} x {words.count(case.seq_len)}"
-        result.add_row(
-            f"{'' if efficiency else case.model.split('/')[-1] + chr(10)}{case.cluster}\n{batch}",
-            f"{words.mesh(one.layout)}\n{words.options(one.layout)}",
-            f"{one.total / GiB:.1f}",
-            f"{planned / GiB:.1f}",
-            exchanged,
-            f"{planned_sent / GiB:.1f}",
-            f"{one.seconds:.0f} s",
-            words.seconds(time.total),
-            words.seconds(one.core_seconds) if one.cycles else "-",
-            f"{mfu(time, config, case.workload, case.where):.1%}",
-            *([f"{share:.1%}"] if efficiency else []),
-        )
+        name = f"{case.cluster}\n{batch}" if efficiency else f"{case.model.split('/')[-1]}\n{case.cluster}\n{batch}"
+        mesh = f"{words.mesh(one.layout)}\n{words.options(one.layout)}"
+        result.add_row(name, mesh, *_figures(one), *([f"{share:.1%}"] if efficiency else []))
     return result
+
+
+def _figures(one: Point) -> list[str]:
+    case, compiled, time, (config, _) = one.case, one.compiled, one.time, model_config(one.case.model)
+    held = memory(config, case.workload, one.layout, case.where.hardware).total
+    sent = sum(each.sent for each in traffic.collectives(config, case.workload, one.layout))
+    mine, exchanged, seconds, core = "-", "-", "-", "-"
+    if compiled:
+        mine, seconds = f"{compiled.total / GiB:.1f}", f"{compiled.seconds:.0f} s"
+        told = [(axes, size) for axes, size in compiled.sent.most_common() if size > GiB / 20]
+        exchanged = "\n".join(f"{axes} {size / GiB:.1f}" for axes, size in told)
+        core = words.seconds(compiled.core_seconds) if compiled.cycles else "-"
+    share = mfu(time, config, case.workload, case.where)
+    planned = f"{held / GiB:.1f}", f"{sent / GiB:.1f}"
+    return [mine, planned[0], exchanged, planned[1], seconds, core, words.seconds(time.total), f"{share:.1%}"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="compile only what has all of these in its model and its cluster")
+    parser.add_argument("--again", action="store_true", help="compile what is in the file too")
     parser.add_argument("--stored", action="store_true", help="compile nothing")
-    parser.add_argument("--again", metavar="WORD", help="compile again what has the word in its model or its cluster")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the curves")
     given = parser.parse_args(arguments)
     console, found = Console(width=WIDTH), kept()
-    for case in () if given.stored else CASES:
-        if case not in found or (given.again and given.again in f"{case.model} {case.cluster}"):
+    asked = [case for case in CASES if all(word in f"{case.model} {case.cluster}" for word in given.words)]
+    for case in () if given.stored else asked:
+        if given.again or case not in found:
             try:
                 found[case] = compile_case(case, console)
             except RuntimeError as error:  # of one case: the others are compiled all the same
                 console.print(str(error), style="bold")
             keep(found[one] for one in CASES if one in found)
-    console.print(table("Models", [found[case] for case in MODELS if case in found], efficiency=False))
-    curves = {title: [found[case] for case in curve if case in found] for title, curve in CURVES.items()}
+    console.print(table("Models", [point(case, found) for case in MODELS], efficiency=False))
+    curves = {title: [point(case, found) for case in curve] for title, curve in CURVES.items()}
     for title, curve in curves.items():
         console.print(table(f"Llama-2-70B on {title}, one sequence a device", curve, efficiency=True))
     if given.svg:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from benchmarks.scaling import Compiled, GiB, efficiencies
+from benchmarks.scaling import GiB, Point, efficiencies
 from tbjax.planner import words
 from tbjax.planner.markup import Child, Markup, element
 
@@ -50,7 +50,7 @@ class Panel(NamedTuple):
     """One quantity over the number of devices."""
 
     title: str
-    curves: Mapping[str, Sequence[float]]
+    curves: Mapping[str, Sequence[tuple[int, float]]]  # devices, value
     unit: str
     limits: Sequence[Limit] = ()
 
@@ -58,59 +58,56 @@ class Panel(NamedTuple):
     def top(self) -> float:
         """Where the scale ends: a little above all that is drawn."""
         limits = [limit.value for limit in self.limits]
-        return 1.1 * max(itertools.chain(limits, *self.curves.values()))
+        return 1.1 * max(itertools.chain(limits, (value for curve in self.curves.values() for _, value in curve)))
 
 
-def plot(curves: Mapping[str, Sequence[Compiled]]) -> Markup:
-    """The whole drawing of compiled cases, by the names of their curves; each from the smallest cluster upwards."""
-    curves = {name: curve for name, curve in curves.items() if curve}
-    if not curves:
+def plot(curves: Mapping[str, Sequence[Point]]) -> Markup:
+    """The whole drawing of some curves by their names, each from the smallest cluster upwards.
+
+    What the compiler says is drawn of the points that were compiled, what the planner says of all.
+    """
+    compiled = {name: [(p.devices, p.compiled) for p in curve if p.compiled] for name, curve in curves.items()}
+    compiled = {name: points for name, points in compiled.items() if points}
+    if not compiled:
         raise ValueError("there is nothing to draw: compile something first (python -m benchmarks.scaling).")
-    devices = {name: [one.case.where.devices for one in curve] for name, curve in curves.items()}
     held = [
-        Limit(f"{name} can hold", curve[0].case.where.hardware.usable / GiB, f"c{index}")
-        for index, (name, curve) in enumerate(curves.items())
+        Limit(f"{name} can hold", curves[name][0].case.where.hardware.usable / GiB, f"c{index}")
+        for index, name in enumerate(compiled)
     ]
+    shares = {
+        name: [(p.devices, 100 * share) for p, share in zip(curves[name], efficiencies(curves[name]), strict=True)]
+        for name in compiled
+    }
+    memory = {name: [(number, one.total / GiB) for number, one in points] for name, points in compiled.items()}
+    sent = {name: [(number, one.sent.total() / GiB) for number, one in points] for name, points in compiled.items()}
     panels = (
-        Panel(
-            "Efficiency (planner)",
-            {name: [100 * share for share in efficiencies(curve)] for name, curve in curves.items()},
-            "%",
-            [Limit(f"target {TARGET:.0%}", 100 * TARGET, "target")],
-        ),
-        Panel(
-            "Memory of a device (compiler)",
-            {name: [one.total / GiB for one in curve] for name, curve in curves.items()},
-            "GiB",
-            held,
-        ),
-        Panel(
-            "Sent by a device in a step (compiler)",
-            {name: [one.sent.total() / GiB for one in curve] for name, curve in curves.items()},
-            "GiB",
-        ),
+        Panel("Efficiency (planner)", shares, "%", [Limit(f"target {TARGET:.0%}", 100 * TARGET, "target")]),
+        Panel("Memory of a device (compiler)", memory, "GiB", held),
+        Panel("Sent by a device in a step (compiler)", sent, "GiB"),
     )
+    numbers = [number for curve in shares.values() for number, _ in curve]
     width = len(panels) * (LEFT + WIDTH) + (len(panels) - 1) * (GAP - LEFT) + 24
     height = TOP + HEIGHT + BOTTOM
-    case = next(iter(curves.values()))[0].case
+    case = curves[next(iter(compiled))][0].case
     heading = f"{case.model}, {case.rows} x {case.seq_len:,} tokens on each device"
     return element(
         "svg",
         element("style", Markup(STYLE)),
         element("rect", class_="surface", width=width, height=height),
         element("text", heading, class_="heading", x=LEFT, y=22),
-        [_panel(panel, devices, LEFT + index * (WIDTH + GAP)) for index, panel in enumerate(panels)],
+        [_panel(panel, numbers, LEFT + index * (WIDTH + GAP)) for index, panel in enumerate(panels)],
         xmlns="http://www.w3.org/2000/svg",
         viewBox=f"0 0 {width} {height}",
         width=width,
         role="img",
-        aria_label=f"{heading}. {_spoken(panels, devices)}",
+        aria_label=f"{heading}. {_spoken(panels)}",
     )
 
 
-def _panel(panel: Panel, devices: Mapping[str, Sequence[int]], left: float) -> Markup:
-    numbers = [math.log2(number) for curve in devices.values() for number in curve]
-    first, last = min(numbers), max(max(numbers), min(numbers) + 1)
+def _panel(panel: Panel, numbers: Sequence[int], left: float) -> Markup:
+    """One panel, `left` pixels from the left, for clusters of `numbers` devices."""
+    first = math.log2(min(numbers))
+    last = max(math.log2(max(numbers)), first + 1)
 
     def x(number: float) -> float:
         return left + (math.log2(number) - first) / (last - first) * WIDTH
@@ -137,10 +134,10 @@ def _panel(panel: Panel, devices: Mapping[str, Sequence[int]], left: float) -> M
             element("text", limit.text, class_=f"middle {limit.kind}", x=left + 0.4 * WIDTH, y=y(limit.value) - 5)
         )
     for index, (name, values) in enumerate(panel.curves.items()):
-        places = [(x(number), y(value)) for number, value in zip(devices[name], values, strict=True)]
+        places = [(x(number), y(value)) for number, value in values]
         points = " ".join(f"{across:.1f},{down:.1f}" for across, down in places)
         drawn.append(element("polyline", class_=f"c{index}", points=points))
-        for (across, down), number, value in zip(places, devices[name], values, strict=True):
+        for (across, down), (number, value) in zip(places, values, strict=True):
             said = element("title", f"{name}, {number:,} devices: {value:.1f} {panel.unit}")
             drawn.append(_mark(index, across, down, said))
         # The curves' names stand at their beginnings, one below the other, with their marks.
@@ -164,12 +161,11 @@ def _step(top: float) -> float:
     return power * next(factor for factor in (1, 2, 5, 10) if factor * power >= top / 5.5)
 
 
-def _spoken(panels: Sequence[Panel], devices: Mapping[str, Sequence[int]]) -> str:
+def _spoken(panels: Sequence[Panel]) -> str:
     """The ends of each curve, for one who cannot see them."""
-    said = [
-        f"{panel.title} of {name}: {values[0]:.1f} {panel.unit} on {devices[name][0]:,} devices, "
-        f"{values[-1]:.1f} on {devices[name][-1]:,}."
+    return " ".join(
+        f"{panel.title} of {name}: {values[0][1]:.1f} {panel.unit} on {values[0][0]:,} devices, "
+        f"{values[-1][1]:.1f} on {values[-1][0]:,}."
         for panel in panels
         for name, values in panel.curves.items()
-    ]
-    return " ".join(said)
+    )

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import depth, scaling
-from benchmarks.scaling import CURVES, MODELS, Case, Compiled, efficiencies
-from benchmarks.scaling_plot import plot
+from benchmarks.scaling import CURVES, MODELS, Case, Compiled, efficiencies, point
+from benchmarks.scaling_plot import TARGET, plot
 from tbjax.planner.compilers import compiler_for, installed
 from tbjax.planner.hlo import collective
 from tbjax.planner.memory import memory
@@ -41,19 +41,20 @@ def compiled(hosts: int, layout: Layout, **figures: int) -> Compiled:
     )
 
 
-CURVE = [compiled(hosts, Layout(dp=hosts, fsdp=8)) for hosts in (1, 2, 4)]
+CASES = [compiled(hosts, Layout(dp=hosts, fsdp=8)) for hosts in (1, 2, 4)]
+CURVE = [point(one.case, {one.case: one}) for one in CASES]
 
 
 # --- Arithmetic -------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_sent_is_summed_by_axes() -> None:
-    assert CURVE[1].sent == {"fsdp": 700 + 70, "dp+fsdp": 2 * 150}
+    assert CASES[1].sent == {"fsdp": 700 + 70, "dp+fsdp": 2 * 150}
 
 
 def test_a_gpu_must_hold_its_arguments_its_temporaries_and_what_results_beside_them() -> None:
-    assert CURVE[0].total == (2 + 2 - 1 + 3) * GIB
-    assert CURVE[0].fits
+    assert CASES[0].total == (2 + 2 - 1 + 3) * GIB
+    assert CASES[0].fits
     assert not compiled(1, Layout(fsdp=8), temp=80).fits
 
 
@@ -71,7 +72,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     layout = Layout(
         fsdp=16, tp=4, microbatches=4, sequence_parallel=True, remat="dots", strategy=ShardingStrategy.SHARD_GRAD_OP
     )
-    found = [*CURVE, compiled(8, layout)]
+    found = [*CASES, compiled(8, layout)]
     scaling.keep(found, tmp_path / "kept.csv")
     assert list(scaling.kept(tmp_path / "kept.csv").values()) == found
     measured = {
@@ -88,8 +89,9 @@ def test_what_was_compiled_fits_and_is_what_the_planner_said_of_it(case: Case) -
     found = KEPT[case]
     assert found.fits
     assert found.layout.devices == case.where.devices
+    # The planner may be too careful, as it is by a fifth where a TPU keeps all activations; never the other way.
     predicted = memory(model_config(case.model)[0], case.workload, found.layout, case.where.hardware).total
-    assert predicted == pytest.approx(found.total, rel=0.15)
+    assert 0.95 * found.total < predicted < 1.25 * found.total
     assert found.sent.total() > 0
 
 
@@ -97,12 +99,13 @@ def test_every_model_was_compiled() -> None:
     assert {case.model for case in MODELS} == {case.model for case in KEPT}
 
 
-@pytest.mark.parametrize("title", ["H100"])
+@pytest.mark.parametrize("title", CURVES)
 def test_efficiency_stays_above_the_target_up_to_thousands_of_devices(title: str) -> None:
-    curve = [KEPT[case] for case in CURVES[title] if case in KEPT]
-    assert curve[0].case.where.devices == 64
-    assert curve[-1].case.where.devices >= 1024
-    assert min(efficiencies(curve)) > 0.8
+    # What was not compiled is planned here, which takes a second for a cluster: the largest is enough.
+    curve = [point(case, KEPT) for case in CURVES[title] if case in KEPT or case == CURVES[title][-1]]
+    assert curve[0].devices == 64
+    assert curve[-1].devices >= 4096
+    assert min(efficiencies(curve)) > TARGET
 
 
 @pytest.mark.parametrize("case", depth.CASES, ids=lambda case: case.cluster)
@@ -114,12 +117,13 @@ def test_the_time_to_compile_hardly_grew_with_depth(case: Case) -> None:
 
 
 def test_the_drawing_has_every_point_with_its_figure() -> None:
-    root = ET.fromstring(plot({"H100": CURVE, "others": CURVE[:2], "nobody": []}))
+    planned = CURVE[1]._replace(compiled=None)
+    root = ET.fromstring(plot({"H100": CURVE, "others": [CURVE[0], planned], "nobody": []}))
     titles = [title.text or "" for title in root.iter(f"{SVG}title")]
-    assert len(titles) == 3 * (3 + 2)
     assert "H100, 32 devices: 6.0 GiB" in titles
     lines = list(root.iter(f"{SVG}polyline"))
-    assert [len(line.attrib["points"].split()) for line in lines] == 3 * [3, 2]
+    assert [len(line.attrib["points"].split()) for line in lines] == [3, 2, 3, 1, 3, 1]
+    assert len(titles) == 3 + 2 + 3 + 1 + 3 + 1
     text = " ".join(part for part in root.itertext())
     assert "target 80%" in text
     assert "nobody" not in text
@@ -131,7 +135,7 @@ def test_the_drawing_has_every_point_with_its_figure() -> None:
 
 def test_nothing_to_draw_is_said() -> None:
     with pytest.raises(ValueError, match="compile something"):
-        plot({"H100": []})
+        plot({"H100": [CURVE[0]._replace(compiled=None)]})
 
 
 # --- Compiling anew, slowly -------------------------------------------------------------------------------------------

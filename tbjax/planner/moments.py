@@ -17,8 +17,8 @@ from tbjax.sharding import ShardingStrategy
 # Float32 logits that the loss computes at once on a device (`tbjax.training.loss.CHUNK_BYTES`).
 LOGITS_CHUNK = 128 * 2**20
 
-# Whole copies of each stack of matrices that the Newton-Schulz iteration of optax's muon has at once.
-MUON_COPIES = 1.8
+# Whole copies of one layer's matrices that the Newton-Schulz iteration of muon, run layer by layer, has at once.
+MUON_COPIES = 3.5
 
 # What remat="none" keeps inside a norm: two arrays of float32, each as large as two of bfloat16.
 NORM_ARRAYS = 4
@@ -100,7 +100,8 @@ def _weights(
 ) -> Weights:
     layout = Layout(pp=pp, fsdp=fsdp, ep=ep, tp=tp, strategy=strategy)
     held = shards(config, layout)
-    gradients = shards(config, layout, cut=strategy.cuts_gradients)
+    # What ZeRO-2 cuts of gradients it cuts when all of them are there.
+    gradients = shards(config, layout, cut=strategy.cuts_parameters)
     parts = shards(config, layout, cut=strategy.cuts_optimizer)
     return Weights(
         held=_local(held),
@@ -173,9 +174,9 @@ def of_training(config: ModelConfig, workload: Workload, layout: Layout, hardwar
         update["new parameters"] = stored * (weights.parts + weights.largest)
         found.append(("update", update))
     if workload.optimizer == "muon":
-        # Every stack of matrices is orthogonalised as a whole, so that it is brought together on every device.
-        whole = MUON_COPIES * weights.matrices / (layout.pp * layout.tp)
-        update = {"gradients": stored * weights.held, "orthogonalisation": stored * (whole + weights.held)}
+        # The matrices of a layer are orthogonalised whole, so that they are brought together on every device.
+        whole = MUON_COPIES * weights.matrices / (config.layers * layout.tp)
+        update = {"gradients": stored * weights.held, "orthogonalisation": stored * whole}
         found.append(("update", update))
     return Moments(throughout, found, host)
 
@@ -213,8 +214,9 @@ def _saved_bytes(step: Step) -> float:
         # inputs of its layers.
         held /= flight * layout.pieces
     if layout.pp > 1 and layout.schedule.startswith("zb"):
-        # From a gradient of the input until that of the weights, the two factors of every weight's gradient are kept.
-        held += flight * sum(kind.repeats * _factors(kind) for kind in step.kinds)
+        # From a gradient of the input until that of the weights, the two factors of every weight's gradient are kept,
+        # one of them in the place of the layer's input.
+        held += flight * sum(kind.repeats * (_factors(kind) - kind.residual) for kind in step.kinds)
     return step.layers / step.config.layers * step.tokens * step.compute * held
 
 

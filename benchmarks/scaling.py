@@ -9,11 +9,11 @@ Two tables. The models that others train on such machines, each laid out as `tbj
 out; and Llama-2-70B from 64 devices upwards at a fixed batch for each device, which is how training grows. Every
 program is whole, compiled for all of its devices: none of them is there, and no layer is left out.
 
-From the compiler come the bytes of one device and what it exchanges with others in a step. The seconds are the
-planner's, for the very layout that was compiled; what the compiler for TPU takes one core to compute stands beside
-them as `core`. Efficiency is that of weak scaling: tokens per second and device, as a
-share of those on the smallest cluster. It is efficiency on paper: no link is slower than its vendor says, no device waits
-for another that has more to do, and none fails.
+From the compiler come the bytes of one device and what it exchanges with others in a step. The seconds of a step are
+the planner's, for the very layout that was compiled; what the compiler for TPU takes one core to compute stands beside
+them as `core`. Efficiency is that of weak scaling: tokens per second and device, as a share of those on the smallest
+cluster. It is efficiency on paper: no link is slower than its vendor says, no device waits for another that has more to
+do, and none fails.
 """
 
 import argparse

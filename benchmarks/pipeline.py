@@ -12,9 +12,9 @@ program takes beside its activations. Between the stages there may be nothing bu
 gradients after the loop: anything else is an error.
 
 Time is of a small model on virtual CPU devices, which share the machine's cores: a pipeline cannot be faster here, and
-what it takes beyond the same work without one is what the executor adds. Contenders are the step without a pipeline,
-and GPipe as a scan that JAX differentiates (`benchmarks.plain_gpipe`). Ticks are those of the grid, beside those of the
-simulator.
+what its processors' time is beyond that of the same work without one is what the executor adds. Contenders are the step
+without a pipeline, and GPipe as a scan that JAX differentiates (`benchmarks.plain_gpipe`). Ticks are those of the grid,
+beside those of the simulator.
 """
 
 import argparse
@@ -80,7 +80,7 @@ SMALL = ModelConfig(
     max_positions=256,
 )
 STAGES, MICROBATCHES, SEQUENCE = 4, 8, 128
-REPEATS = 7
+REPEATS = 9
 
 
 def memory(console: Console, cluster: str, schedules: Sequence[Any], counts: Sequence[int]) -> None:
@@ -147,12 +147,13 @@ def timing(console: Console) -> None:
         raise RuntimeError(f"these are not the same work: {losses}")
     seconds = measured(contenders)
     table = Table(title=f"{STAGES} stages, {MICROBATCHES} microbatches on one CPU", title_justify="left")
-    for heading in ("schedule", "ticks", "simulated", "tasks", "simulated", "s", "beside none", "beside plain"):
+    headings = "schedule", "ticks", "simulated", "tasks", "simulated", "s", "processor s", "beside none", "beside plain"
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "schedule" else "right")
-    for name, taken in seconds.items():
+    for name, (taken, worked) in seconds.items():
         figures = [""] * 4 if name in ("none", "plain") else map(str, ticks(named(name)))
-        beside = (f"{taken / seconds[other]:.2f}" for other in ("none", "plain"))
-        table.add_row(name, *figures, f"{taken:.3f}", *beside)
+        beside = (f"{worked / seconds[other][1]:.2f}" for other in ("none", "plain"))
+        table.add_row(name, *figures, f"{taken:.3f}", f"{worked:.3f}", *beside)
     console.print(table)
 
 
@@ -181,16 +182,19 @@ def runner(sharding: Sharding, batch: Batch, name: str | None) -> Callable[[], A
     return lambda: jax.block_until_ready(run(model, batch))
 
 
-def measured(contenders: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median seconds of each, in turn so that the machine's moods meet all alike; the first two calls do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+def measured(contenders: dict[str, Callable[[], Any]]) -> dict[str, tuple[float, float]]:
+    """Median seconds of each, by the clock and of the processor, in turn so that the machine's moods meet all alike.
+
+    The first two calls do not count.
+    """
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for turn in range(REPEATS + 2):
         for name, run in contenders.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             run()
             if turn >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+                taken[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    return {name: tuple(map(statistics.median, zip(*all_, strict=True))) for name, all_ in taken.items()}
 
 
 def main() -> None:

@@ -53,6 +53,8 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|called_computations|branch_computatio
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 # What goes between slices of TPUs leaves the program as a message to the host, which says what it is part of.
 _MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+# On TPU a reduce-scatter is a fusion of this name: an all-reduce, and the slice of it that a device keeps.
+_SCATTERED = "all-reduce-scatter"
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _IOTA = re.compile(r"replica_groups=\[(?P<groups>[\d,]+)\]<=\[(?P<dims>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?")
 _LISTED = re.compile(r"replica_groups=\{(?P<groups>(?:\{[\d,]*\},?)*)\}")
@@ -100,6 +102,7 @@ class _Instruction:
     result: str  # its shape
     text: str  # what follows the operation's name
     root: bool
+    scattered: bool  # whether what it gives is cut at once, in a fusion of the TPU's compiler
 
 
 def read(text: str, mesh: Mapping[str, int], slices: int = 1, turns: Turns | None = None) -> Program:
@@ -123,7 +126,7 @@ def read(text: str, mesh: Mapping[str, int], slices: int = 1, turns: Turns | Non
             volumes[key] += times * _bytes(_parts(instruction.result)[0])
         elif kind in KINDS:
             groups = _groups(instruction.text, mesh)
-            key = kind, _axes(groups, mesh)
+            key = "reduce-scatter" if instruction.scattered else kind, _axes(groups, mesh)
             counts[key] += times
             volumes[key] += times * _volume(instruction, kind, groups)
     collectives = [
@@ -141,11 +144,12 @@ def collective(kind: str, axes: tuple[str, ...], count: float, size: float, mesh
 
 def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     computations: dict[str, list[_Instruction]] = {}
-    entry, current = "", None
+    entry, current, scattered = "", None, False
     for line in text.splitlines():
         if current is None:
             if header := _COMPUTATION.match(line):
                 current = computations.setdefault(header["name"], [])
+                scattered = header["name"].startswith(_SCATTERED)
                 entry = header["name"] if header[1] else entry
         elif line.startswith("}"):
             current = None
@@ -159,6 +163,7 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
                         rest[: operation.start("operation")],
                         rest[operation.end() :],
                         match[1] is not None,
+                        scattered,
                     )
                 )
     if not entry:

@@ -74,6 +74,16 @@ def test_bytes_are_those_of_the_whole_buffers(instruction, expected):
     assert only(program("ROOT " + instruction.replace("GROUPS", "replica_groups=[4,2]<=[8]"))).bytes == expected
 
 
+def test_a_reduction_of_which_each_device_keeps_a_part_is_a_scatter_on_tpu_too():
+    fused = """%all-reduce-scatter.2.clone (input: bf16[8]) -> bf16[4] {
+  %whole = bf16[8]{0} all-reduce(%input), replica_groups=[4,2]<=[8], to_apply=%add
+  ROOT %part = bf16[4]{0} dynamic-slice(%whole, %place), dynamic_slice_sizes={4}
+}"""
+    call = "ROOT %f = bf16[4]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.2.clone"
+    collective = only(program(call, computations=fused))
+    assert (collective.kind, collective.bytes, collective.sent) == ("reduce-scatter", 16, 8)
+
+
 def test_the_end_of_an_asynchronous_collective_is_not_another_one():
     text = program(
         "%s = (f32[8]{0}, f32[16]{0}) all-gather-start(%p), replica_groups=[4,2]<=[8], dimensions={0}",

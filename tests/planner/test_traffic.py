@@ -112,4 +112,5 @@ def test_the_compiler_for_nvidia_sends_along_each_axis_what_was_predicted(layout
 @needs_tpu
 @pytest.mark.slow
 def test_the_compiler_for_tpu_sends_along_each_axis_what_was_predicted():
-    close(compared("v5p:2x2x2", Layout(fsdp=4, tp=2)), 0.25)
+    # Gradients of small matrices it reduces whole, which in a model as small as this one is a tenth of what fsdp sends.
+    close(compared("v5p:2x2x2", Layout(fsdp=4, tp=2)), 0.15)

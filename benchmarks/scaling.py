@@ -44,6 +44,9 @@ from tbjax.planning import model_config, plan
 FILE = Path(__file__).with_suffix(".csv")
 GiB = 1 << 30
 
+# What the compiler for TPU writes for the cycles of an instruction that it cannot estimate, a product of ragged groups.
+UNTOLD = (1 << 63) - 1
+
 # Columns of the tables.
 WIDTH = 144
 
@@ -131,9 +134,9 @@ class Compiled(NamedTuple):
 
     @property
     def core_seconds(self) -> float:
-        """TPU: how long the compiler takes one core to compute, transfers left out; 0 elsewhere."""
+        """TPU: how long the compiler takes one core to compute, transfers left out; 0 where it does not say."""
         clock = self.case.where.hardware.clock
-        return self.cycles / clock if clock else 0.0
+        return self.cycles / clock if clock and self.cycles < UNTOLD else 0.0
 
 
 class Point(NamedTuple):
@@ -292,7 +295,7 @@ def _figures(one: Point) -> list[str]:
         mine, seconds = f"{compiled.total / GiB:.1f}", f"{compiled.seconds:.0f} s"
         told = [(axes, size) for axes, size in compiled.sent.most_common() if size > GiB / 20]
         exchanged = "\n".join(f"{axes} {size / GiB:.1f}" for axes, size in told)
-        core = words.seconds(compiled.core_seconds) if compiled.cycles else "-"
+        core = words.seconds(compiled.core_seconds) if compiled.core_seconds else "-"
     share = mfu(time, config, case.workload, case.where)
     planned = f"{held / GiB:.1f}", f"{sent / GiB:.1f}"
     return [mine, planned[0], exchanged, planned[1], seconds, core, words.seconds(time.total), f"{share:.1%}"]

@@ -21,7 +21,9 @@ ICI_100 = 90.0 * GB
 
 # Each cell of a matrix unit (128 x 128, from v6e on 256 x 256) multiplies and adds once a cycle. With eight such units
 # on v4 and v5p and four on v5e, v6e and each half of TPU7x, the peaks below are those of these clocks. NeuSim
-# (https://github.com/platformxlab/NeuSim, configs/chips) has 1.05 for v4, 1.7 for v5p and 1.75 for v6e.
+# (https://github.com/platformxlab/NeuSim, configs/chips) has 1.05 for v4, 1.7 for v5p and 1.75 for v6e. libtpu's own
+# estimate for a product of two 8192 x 8192 matrices is, at these, 93 % of the peak on v4, 88 % on v5e, 90 % on v5p
+# and 70 % on v6e.
 GHZ = 1e9
 
 _BOOK = "https://jax-ml.github.io/scaling-book/tpus"

@@ -59,7 +59,7 @@ class Cluster:
             raise ValueError(f"{kind.name} has hosts, not slices: hosts={self.slices * self.hosts}, slices=1.")
         elif self.devices_per_host > limit:
             raise ValueError(
-                f"a {kind.name} host has {limit} devices, not {self.devices_per_host}. "
+                f"{kind.name} hosts have {limit} devices each, not {self.devices_per_host}. "
                 f"{_hosts_that_would_do(kind, self.hosts * self.devices_per_host)}"
             )
 

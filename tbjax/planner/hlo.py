@@ -53,6 +53,7 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|called_computations|branch_computatio
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 # What goes between slices of TPUs leaves the program as a message to the host, which says what it is part of.
 _MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_NO_ESTIMATE = 1 << 62  # what libtpu writes where it cannot tell, as of ragged products
 # On TPU a reduce-scatter is a fusion of this name: an all-reduce, and the slice of it that a device keeps.
 _SCATTERED = "all-reduce-scatter"
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -117,7 +118,8 @@ def read(text: str, mesh: Mapping[str, int], slices: int = 1, turns: Turns | Non
     cycles = 0.0
     for instruction, times in walk.runs():
         noted = _CYCLES.search(instruction.text)
-        cycles += times * int(noted[1]) if noted else 0
+        if noted and int(noted[1]) < _NO_ESTIMATE:
+            cycles += times * int(noted[1])
         kind = instruction.operation.removesuffix("-start")
         if kind == "send" and (transfer := _MEGASCALE.search(instruction.text)):
             steps = steps_over_slices(mesh, slices)

@@ -94,9 +94,9 @@ def test_a_torus_wraps_where_optical_switches_or_a_whole_pod_close_it():
     [
         ("h1000:8", r"hardware 'h1000' is unknown\. Did you mean 'h100'"),
         ("abacus", r"'abacus' is unknown\. tbjax knows .*h100.*v5p.*register\(\)"),
-        ("h100:64", r"a h100 host has 8 devices, not 64\. 64 devices are h100:8x8"),
-        ("b200:2x9", r"a b200 host has 8 devices, not 9\. Write b200:HOSTSxDEVICES with at most 8"),
-        ("gb200:72", r"a gb200 host has 4 devices, not 72\. 72 devices are gb200:18x4"),
+        ("h100:64", r"h100 hosts have 8 devices each, not 64\. 64 devices are h100:8x8"),
+        ("b200:2x9", r"b200 hosts have 8 devices each, not 9\. Write b200:HOSTSxDEVICES with at most 8"),
+        ("gb200:72", r"gb200 hosts have 4 devices each, not 72\. 72 devices are gb200:18x4"),
         ("h100:0", r"'0' must be whole numbers above zero"),
         ("h100:-8", r"'-8' must be whole numbers above zero"),
         ("h100:2.5", r"'2\.5' must be whole numbers above zero"),

@@ -134,6 +134,7 @@ def test_loops_multiply_what_they_hold_and_loops_in_them():
     text = program(
         "%w = (s32[], f32[8]) while(%p), condition=%cond.1, body=%body.1",
         'ROOT %c = f32[8]{0} copy(%w), backend_config={"estimated_cycles":"7"}',
+        '%u = f32[8]{0} custom-call(%w), backend_config={"estimated_cycles":"9223372036854775807"}',  # it cannot tell
         computations=LOOPS,
     )
     found = hlo.read(text, MESH)

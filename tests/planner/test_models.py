@@ -140,7 +140,7 @@ def test_a_description_may_be_changed_without_harm() -> None:
         ("mixtral-8x7", r"Did you mean .*mixtral-8x7b"),
         (
             "gpt2",
-            r"'gpt2' has no built-in description\. There are \d\d, of meta-llama, .*give the path of its config\.json",
+            r"'gpt2' has no built-in description\. There are \d\d of them, by meta-llama, .*path of its config\.json",
         ),
         ("", r"'' has no built-in description"),
     ],

@@ -62,6 +62,11 @@ class Compression(abc.ABC):
                 "compresses everything."
             )
 
+    def __str__(self) -> str:
+        fields = ((field.name, getattr(self, field.name), field.default) for field in dataclasses.fields(self))
+        told = ", ".join(f"{name}={value!r}" for name, value, usual in fields if value != usual)
+        return f"{type(self).__name__}({told})"
+
     @abc.abstractmethod
     def sum(self, value: jax.Array, peers: Peers, key: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """The sum over `peers` of what each has sent of its float32 [n], and what this device has not sent.

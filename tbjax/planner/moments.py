@@ -20,6 +20,9 @@ LOGITS_CHUNK = 128 * 2**20
 # Whole copies of one layer's matrices that the Newton-Schulz iteration of muon, run layer by layer, has at once.
 MUON_COPIES = 3.5
 
+# Tokens for each row of a table from which on the table is what is moved (`tbjax.sharding.STATIONARY_SHARE`).
+STATIONARY_SHARE = 1 / 8
+
 # What remat="none" keeps inside a norm: two arrays of float32, each as large as two of bfloat16.
 NORM_ARRAYS = 4
 
@@ -326,6 +329,9 @@ def of_inference(config: ModelConfig, workload: Workload, layout: Layout, hardwa
         head = 4 * step.table
         throughout["cast weights"] = head + 4 * weights.stacked
     found: list[tuple[str, Parts]] = []
+    if step.gathers and workload.global_batch * workload.prompt_len > STATIONARY_SHARE * config.padded_vocab:
+        # So many rows are looked up that the table is brought to the tokens.
+        found.append(("prefill, lookup", {"gathered weights": step.table * compute}))
     for kind in step.kinds:
         cache = slots * compute * kind.cached  # of one layer, read out of the whole
         found.append(("decode", {"working set": cache, "head": 2 * head}))

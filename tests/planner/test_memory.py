@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as draw
 
 from benchmarks.planner_memory import model
+from tbjax import sharding
 from tbjax.layers import attend
 from tbjax.layers.attention import HeadLayout
 from tbjax.pipeline.grid import lay_out
@@ -17,7 +18,7 @@ from tbjax.planner import liveness
 from tbjax.planner.flight import activations_in_flight, arrivals_in_flight
 from tbjax.planner.hardware import cluster
 from tbjax.planner.memory import Memory, memory
-from tbjax.planner.moments import LOGITS_CHUNK
+from tbjax.planner.moments import LOGITS_CHUNK, STATIONARY_SHARE
 from tbjax.planner.workload import Layout, Workload
 from tbjax.sharding import ShardingStrategy
 from tbjax.training import loss
@@ -39,6 +40,7 @@ def held(workload: Workload = TRAIN, layout: Layout = FSDP, config=LLAMA, **chan
 
 def test_chunks_and_blocks_are_those_of_the_program() -> None:
     assert LOGITS_CHUNK == loss.CHUNK_BYTES
+    assert STATIONARY_SHARE == sharding.STATIONARY_SHARE
     assert (liveness.SCORE_BYTES, liveness.BLOCK_MULTIPLE) == (attend.SCORE_BYTES, attend.BLOCK_MULTIPLE)
     cudnn = (liveness.CUDNN_CAPABILITY, liveness.CUDNN_HEAD_DIM)
     assert cudnn == (attend.CUDNN_CAPABILITY, attend.CUDNN_HEAD_DIM)

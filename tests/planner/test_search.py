@@ -40,7 +40,8 @@ def every_mesh(config, workload, where):
         if ep > 1 and config.moe is None:
             continue
         sequence = workload.prompt_len
-        if workload.global_batch % (dp * fsdp * ep) or sequence % cp or pp > config.layers or domain % tp:
+        chunks = 2 * cp if cp > 1 else 1
+        if workload.global_batch % (dp * fsdp * ep) or sequence % chunks or pp > config.layers or domain % tp:
             continue
         sharding = Sharding(AbstractMesh((1, *mesh[1:]), AXES, axis_types=(AxisType.Auto,) * 6))
         try:
@@ -79,7 +80,7 @@ def every_layout(config, workload, where):
             counts,
             ("FULL_SHARD", "SHARD_GRAD_OP", "OPTIMIZER") if mesh["fsdp"] * mesh["ep"] > 1 else ("FULL_SHARD",),
             (False, True) if cuttable else (False,),
-            ("none", "dots", "full"),
+            ("none", "dots", "full", "stage") if mesh["pp"] > 1 else ("none", "dots", "full"),
             ((), ("optimizer",), ("activations",), ("optimizer", "activations")),
         ):
             for schedule, chunks in every_schedule(config, mesh["pp"], m):

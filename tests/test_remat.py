@@ -113,12 +113,9 @@ def computed(remat):
 
 
 def test_more_is_kept_the_more_a_policy_names():
-    order = ["full", "save(mlp)", "full:0.5", "none"]
+    order = ["full", "save(gate)", "full:0.5", "none"]
     kept = {remat: temp(remat) for remat in order}
     assert sorted(kept, key=kept.get) == order
-    # Half of the layers keep all: half of what lies between the extremes, give or take what one layer needs.
-    middle = (kept["full"] + kept["none"]) / 2
-    assert abs(kept["full:0.5"] - middle) <= 0.2 * (kept["none"] - kept["full"])
 
 
 @functools.cache

@@ -51,14 +51,17 @@ def tbjax(task: Task) -> Trained:
     from tbjax.training.loop import train
 
     model = library.load(SMOLLM2, (1, 1, 1), dtype="float32", progress=False)
-    times = [now()]
+    times = []
 
+    # A step begins when its batch is fetched: on a CPU the one before it has then been computed.
     def batches() -> Iterator[Batch]:
         for rows in task.tokens:
+            times.append(now())
             yield Batch(rows[:, :-1], rows[:, 1:])
 
     config = settings(len(task.tokens), "full" if task.remat else "none")
-    result = train(model, batches(), config, progress=False, on_record=lambda _: times.append(now()))
+    result = train(model, batches(), config, progress=False)
+    times.append(now())
     return Trained(result.losses, *np.diff(times, axis=0).T.tolist())
 
 
@@ -98,7 +101,7 @@ def torch_training(model: Any, tokens: Sequence[np.ndarray], rates: Sequence[flo
         torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS["clip_norm"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss))
+        losses.append(loss.item())
         times.append(now())
         del logits, loss
     return Trained(losses, *np.diff(times, axis=0).T.tolist())

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -31,7 +32,7 @@ from tbjax.training.config import TrainConfig
 from tbjax.training.evaluation import Evaluation, evaluate
 from tbjax.training.interruption import Interruption
 from tbjax.training.logs import JsonLines, Log, Logs, ProgressLine, TensorBoard, figures, writes
-from tbjax.training.metrics import Clock, Record, memory_in_use, peak_flops, step_flops
+from tbjax.training.metrics import Pace, Record, memory_in_use, peak_flops, step_flops
 from tbjax.training.optimizer import HOST, Name, make_optimizer
 from tbjax.training.profiling import Profile
 from tbjax.training.saving import Saver
@@ -148,6 +149,7 @@ class _Flight(NamedTuple):
     step: int
     metrics: Metrics
     batch: Batch
+    ended: float | None  # when; None where it had not when it was dispatched
 
 
 class _Run:
@@ -202,12 +204,12 @@ class _Run:
         self.feed.skip(passed)
         self.data_state = self._data_state()
         self.run_step = make_step(optimizer, **config.step_options(model))
-        self.clock, self.flight = Clock(), None
+        self.pace, self.flight = Pace(), None
         self.first, self.tokens, self.skipped = self.step, 0, 0
         self.devices = list(cast(Mesh, self.sharding.mesh).devices.flat)
         self.peak = peak_flops(self.devices, self.precision)
-        # Since the last record: losses weighed by targets, targets, steps that the clock has counted.
-        self.summed, self.targets, self.timed = 0.0, 0, 0
+        # Since the last record: losses weighed by targets, and targets.
+        self.summed, self.targets = 0.0, 0
 
     def steps(self, logs: Logs, interruption: Interruption, on_record: Callable[[Record], None] | None) -> End:
         """All steps that are left. `self.step` is the last one that was dispatched."""
@@ -226,9 +228,11 @@ class _Run:
                     ) from None
                 profile.before(self.step + 1, self.state)
                 self.state, metrics = self.run_step(self.state, batch)
+                # CPUs compute a step before the call returns.
+                ended = time.perf_counter() if metrics.loss.is_ready() else None
                 self.step += 1
                 self._land(logs, on_record)
-                self.flight = _Flight(self.step, metrics, batch)
+                self.flight = _Flight(self.step, metrics, batch, ended)
                 pause = _due(config.save_every, self.step) or _due(config.eval_every, self.step)
                 # Processes agree only now and then: it makes them wait for one another.
                 if (jax.process_count() == 1 or self.step % config.log_every == 0) and interruption.agreed():
@@ -236,11 +240,11 @@ class _Run:
                     break
                 if pause and self.step < config.steps:
                     self._land(logs, on_record)
-                    with self.clock.stopped():
-                        if _due(config.eval_every, self.step):
-                            self._evaluate(logs)
-                        if _due(config.save_every, self.step):
-                            self._save()
+                    if _due(config.eval_every, self.step):
+                        self._evaluate(logs)
+                    if _due(config.save_every, self.step):
+                        self._save()
+                    self.pace.pause_ended()
             self._land(logs, on_record)
         if self.eval_data is not None and end == FINISHED and self.step not in self.evaluations:
             self._evaluate(logs)
@@ -271,6 +275,7 @@ class _Run:
             return
         flight, self.flight = self.flight, None
         loss, targets = float(flight.metrics.loss), int(flight.metrics.targets)
+        self.pace.step_ended(flight.ended or time.perf_counter())
         self.losses.append(loss)
         if not bool(flight.metrics.finite) and self.config.on_nonfinite != "keep":
             self._not_finite(flight)
@@ -279,10 +284,6 @@ class _Run:
         else:
             self.summed += loss * targets
             self.targets += targets
-        if flight.step == self.first + 1:
-            self.clock.start()  # it has compiled
-        else:
-            self.timed += 1
         logs.advance(flight.step)
         if flight.step % self.config.log_every == 0 or flight.step == self.config.steps:
             record = self._record(flight)
@@ -293,7 +294,7 @@ class _Run:
                 on_record(record)
 
     def _record(self, flight: _Flight) -> Record:
-        seconds, timed = self.clock.read(), self.timed
+        seconds, timed = self.pace.read()
         shape = self.feed.shape
         speed = mfu = None
         if shape is not None and timed and seconds > 0:
@@ -312,7 +313,7 @@ class _Run:
             memory=memory_in_use(self.devices),
             skipped=self.skipped,
         )
-        self.summed, self.targets, self.timed = 0.0, 0, 0
+        self.summed, self.targets = 0.0, 0
         return record
 
     def _not_finite(self, flight: _Flight) -> None:

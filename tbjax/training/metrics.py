@@ -5,13 +5,11 @@ only over the pairs of tokens that are not masked (as MaxText counts since July 
 speed is higher), and what is computed again in the backward pass is not counted. There is none on CPUs, nor on a device
 that the catalogue does not know.
 
-The clock runs while steps do: evaluating and saving stop it, and the first step, which compiles, is not counted.
+Only steps are timed, and not the first one, which compiles; evaluating and saving take none of their time.
 """
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -43,38 +41,28 @@ class Record:
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
-class Clock:
-    """The seconds that steps took, since it was last read."""
+class Pace:
+    """How long steps take: the seconds between the end of one and the end of the next."""
 
     def __init__(self) -> None:
-        self._seconds = 0.0
-        self._since: float | None = None
+        self._ended: float | None = None  # when the last step did; None: there was none yet
+        self._seconds, self._steps = 0.0, 0
 
-    def start(self) -> None:
-        if self._since is None:
-            self._since = time.perf_counter()
+    def step_ended(self, at: float) -> None:
+        if self._ended is not None:
+            self._seconds += at - self._ended
+            self._steps += 1
+        self._ended = at
 
-    @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Not counting what happens inside."""
-        running = self._since is not None
-        self._seconds, self._since = self._elapsed(), None
-        try:
-            yield
-        finally:
-            if running:
-                self.start()
+    def pause_ended(self) -> None:
+        """What was done since the last step was no step."""
+        self._ended = time.perf_counter()
 
-    def read(self) -> float:
-        """The seconds since the last reading."""
-        seconds = self._elapsed()
-        self._seconds = 0.0
-        if self._since is not None:
-            self._since = time.perf_counter()
-        return seconds
-
-    def _elapsed(self) -> float:
-        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+    def read(self) -> tuple[float, int]:
+        """The seconds since the last reading, and how many steps they were for."""
+        found = self._seconds, self._steps
+        self._seconds, self._steps = 0.0, 0
+        return found
 
 
 def peak_flops(devices: Any, precision: Precision) -> float | None:

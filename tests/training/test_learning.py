@@ -78,7 +78,7 @@ def test_smollm2_learns_as_with_pytorch():
 
     config = settings(20, "full")
     source = resolve(SMOLLM2)
-    rows = corpus_rows(source.tokenizer.value, config.steps, rows=8, sequence=64)
+    rows = corpus_rows(source.tokenizer.value, config.steps, rows=8, sequence=32)
     model = load(SMOLLM2, (2, 2, 2), dtype="float32", progress=False)
     ours = train(model, (Batch(each[:, :-1], each[:, 1:]) for each in rows), config, progress=False).losses
     reference = transformers.AutoModelForCausalLM.from_pretrained(

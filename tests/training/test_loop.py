@@ -241,6 +241,9 @@ class Watched:
     def __float__(self):
         return float(self.__array__())
 
+    def is_ready(self):
+        return False
+
 
 def test_a_step_is_under_way_before_the_figures_of_the_one_before_it_are_read(monkeypatch):
     seen, make = [], loops.make_step

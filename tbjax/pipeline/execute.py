@@ -180,8 +180,13 @@ def _walk(cells: Cell, grid: Grid, tasks: Mapping[int, Task], parts: Any, stage:
         done = state, arrived
         for kind, task in tasks.items():
             if kind in grid.kinds:
-                turn = partial(task, cell, part, arrived, gradient)
-                done = when(cell.kind == kind, lambda done, turn=turn: turn(done[0]), done)
+
+                def run(turn: jax.Array, done: tuple[Any, Payload], task: Task = task) -> tuple[Any, Payload]:
+                    # Of what does not depend on the turn the compiler would make one for all turns, before the loop:
+                    # of pieces of one layer nearly everything, in every tick, whether there is a turn or not.
+                    return task(cell._replace(chunk=cell.chunk + turn), part, arrived, gradient, done[0])
+
+                done = jax.lax.fori_loop(0, (cell.kind == kind).astype(jnp.int32), run, done)
         state, made = done
         made = stage.lay(made)
         for slot, pairs in ((cell.from_before, grid.down), (cell.from_after, grid.up)):

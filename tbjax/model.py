@@ -31,7 +31,7 @@ from tbjax.layers.linear import as_sharding
 from tbjax.layers.mlp import MLP
 from tbjax.layers.moe import MixtureOfExperts, RouterLoad
 from tbjax.layers.norm import LayerNorm, RMSNorm
-from tbjax.remat import Remat, rematerialised
+from tbjax.remat import Remat, rematerialised, row_of
 from tbjax.sharding import Sharding, to_device
 from tbjax.views import Layers
 
@@ -298,16 +298,24 @@ class Decoder(nnx.Module):
         around: Surroundings,
         cache: Any = None,
         remats: Sequence[Remat] | None = None,
+        row: int | None = None,
     ) -> tuple[jax.Array, Any, list[RouterLoad]]:
-        """One repeat of a group's pattern, of which `blocks` are the layers and `remats` their policies."""
+        """One repeat of a group's pattern, of which `blocks` are the layers and `remats` their policies.
+
+        With a `row`, the blocks are stacks of which it is the one: it is taken out where the layer runs, so that of
+        the weights no more is kept than the stacks.
+        """
+
+        def run(block: Block, *args: Any) -> Any:
+            own = block if row is None else jax.tree.map(lambda a: row_of(a, row), block)
+            return to_device(own)(*args)  # weights in the host's memory come here, and again in the backward pass
+
         new, loads = [], []
         for position, (block, kind) in enumerate(zip(blocks, self.config.groups[group].pattern, strict=True)):
             angles = around.window_angles if kind.window else around.angles
             old = None if cache is None else cache[position]
             remat = None if remats is None else remats[position]
-            # Weights in the host's memory come here, and come again in the backward pass.
-            apply = rematerialised(lambda block, *args: to_device(block)(*args), remat)
-            x, kv, load = apply(block, x, around.keys, angles, around.valid, old)
+            x, kv, load = rematerialised(run, remat)(block, x, around.keys, angles, around.valid, old)
             new.append(kv)
             loads += [] if load is None else [load]
         return x, None if cache is None else new, loads
@@ -324,23 +332,22 @@ class Decoder(nnx.Module):
         # The cache is carried, not scanned over: what is carried is written where it lies, while what goes in layer by
         # layer and comes out layer by layer stands in memory twice.
         def once(
-            carry: tuple[jax.Array, Any], layer: tuple[Any, Any], remats: Sequence[Remat] | None = cycle
+            carry: tuple[jax.Array, Any], layer: tuple[Any, Any]
         ) -> tuple[tuple[jax.Array, Any], list[RouterLoad]]:
             (x, cache), (blocks, index) = carry, layer
             old = None if cache is None else jax.tree.map(lambda a: a[index], cache)
-            x, new, loads = self.repeat(group, blocks, x, around, old, remats)
+            x, new, loads = self.repeat(group, blocks, x, around, old, cycle)
             if cache is not None:
                 cache = jax.tree.map(lambda a, b: self._kept(a.at[index].set(b)), cache, new)
             return (x, cache), loads
 
         def spelled_out(carry: tuple[jax.Array, Any], layers: Any) -> tuple[tuple[jax.Array, Any], list[RouterLoad]]:
-            loads: list[RouterLoad] = []
+            (x, _), (blocks, _), loads = carry, layers, []
             for n in range(several):
-                first = n * len(pattern)
-                layer = jax.tree.map(lambda a, n=n: a[n], layers)
-                carry, found = once(carry, layer, cycle and cycle[first : first + len(pattern)])
+                remats = cycle and cycle[n * len(pattern) : (n + 1) * len(pattern)]
+                x, _, found = self.repeat(group, blocks, x, around, None, remats, row=n)
                 loads += found
-            return carry, loads
+            return (x, None), loads
 
         xs = (self._in_order(list(stack), repeats), jnp.arange(repeats))
         step = once

@@ -20,9 +20,11 @@ pass is its own (`tbjax.layers.attend`).
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 # The policies that have a word of their own.
 Policy: TypeAlias = Literal["none", "dots", "full"]
@@ -53,6 +55,9 @@ ROUNDING = 1 / 16
 
 # How a weight becomes what a matmul takes, by the names of JAX's primitives.
 CASTS_AND_RELAYOUTS = ("convert_element_type", "sharding_constraint", "layout_constraint")
+
+# How a layer's weight becomes a value of its own, where several layers come together (`row_of`).
+CUTS = ("slice", "squeeze")
 
 # The parameters by which primitives hold the functions that they call.
 CALLED = ("call_jaxpr", "jaxpr")
@@ -203,4 +208,24 @@ def _is_cast_or_relayout(primitive: Any, parameters: dict[str, Any]) -> bool:
     if called is None:
         return primitive.name in CASTS_AND_RELAYOUTS
     equations = getattr(called, "jaxpr", called).eqns
-    return bool(equations) and all(_is_cast_or_relayout(equation.primitive, equation.params) for equation in equations)
+    return bool(equations) and all(
+        equation.primitive.name in CUTS or _is_cast_or_relayout(equation.primitive, equation.params)
+        for equation in equations
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def row_of(stack: jax.Array, row: int) -> jax.Array:
+    """A row of a stack of weights: a call of its own, which no policy keeps the result of."""
+    return jax.lax.index_in_dim(stack, row, keepdims=False)
+
+
+def _row_forward(stack: jax.Array, row: int) -> tuple[jax.Array, int]:
+    return row_of(stack, row), stack.shape[0]
+
+
+def _row_backward(row: int, rows: int, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jnp.pad(gradient[None], [(row, rows - 1 - row), *[(0, 0)] * gradient.ndim]),)
+
+
+row_of.defvjp(_row_forward, _row_backward)

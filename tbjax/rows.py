@@ -27,13 +27,15 @@ def in_order(arrays: Mapping[str, Any], model: Decoder) -> dict[str, Any]:
     """Arrays (or their shapes, with shardings) as they lie on the stages, with stacks in the layers' order."""
     found = dict(arrays)
     for path, array in arrays.items():
-        cut = _cut(path, model)
-        if cut is not None and array.ndim and array.shape[0] == cut.stages * cut.rows:
+        cut = _cut(path, array, model)
+        if cut is not None:
             shape, between = (cut.repeats, *array.shape[1:]), _across(array)
             if isinstance(array, jax.ShapeDtypeStruct):
                 found[path] = jax.ShapeDtypeStruct(shape, array.dtype, sharding=between)
             else:
-                found[path] = _taker(cut.places, between, between)(array)
+                # What lies in the host's memory is put in order on the device.
+                on_device = jax.device_put(array, _on_device(array.sharding))
+                found[path] = _taker(cut.places, between, between)(on_device)
     return found
 
 
@@ -41,9 +43,11 @@ def on_stages(arrays: Mapping[str, jax.Array], wanted: Mapping[str, Any], model:
     """And back: `wanted` are the arrays, or their shapes with shardings, that `in_order` was or would be given."""
     found = dict(arrays)
     for path, array in arrays.items():
-        cut = _cut(path, model)
-        if cut is not None and array.shape != wanted[path].shape:
-            found[path] = _taker(cut.order, _across(wanted[path]), wanted[path].sharding)(array)
+        cut = _cut(path, wanted[path], model)
+        if cut is not None:
+            after = wanted[path].sharding
+            taken = _taker(cut.order, _across(wanted[path]), _on_device(after))(array)
+            found[path] = jax.device_put(taken, after)
     return found
 
 
@@ -63,12 +67,17 @@ def filled(there: Model, model: Decoder) -> Model:
     return jax.tree.unflatten(jax.tree.structure(there), list(arrays.values()))
 
 
-def _cut(path: str, model: Decoder) -> Cut | None:
-    """How the stack at a path lies; None if in order, or if there is no stack."""
+def _cut(path: str, there: Any, model: Decoder) -> Cut | None:
+    """How `there`, what lies at a path of the stages, is cut; None if in order, or if it is no stack."""
     if not path.startswith("stacks."):
         return None
     cut = model.sharding.stack(model.config.groups[int(path.split(".")[1])].repeats)
-    return None if cut.plain else cut
+    return cut if not cut.plain and there.ndim and there.shape[0] == cut.stages * cut.rows else None
+
+
+def _on_device(sharding: Any) -> NamedSharding:
+    """The same place in the memory of the devices."""
+    return NamedSharding(sharding.mesh, sharding.spec)
 
 
 def _across(array: Any) -> NamedSharding:

@@ -176,7 +176,7 @@ def train(
         made = {
             "batch_size": settings.batch_size or max(BATCH_SIZE, loaded.sharding.size("dp", "fsdp", "ep")),
             "seq_len": settings.seq_len or min(SEQ_LEN, loaded.config.max_positions),
-            "seed": settings.seed,
+            "seed": settings.seed or 0,
         }
         learned, held = datasets.load(data, loaded.tokenizer, **made), None
         if hold_out is not None:

@@ -194,19 +194,20 @@ def _check_ratio(compression: TopK | RandomK) -> None:
 Asked: TypeAlias = Compression | str | None
 
 
-def parse(asked: Asked) -> Compression | None:
-    """A compression, or the one that a text names."""
+def parse(asked: Asked, seed: int = 0) -> Compression | None:
+    """A compression, or the one that a text names, which draws by `seed`."""
     if asked is None or isinstance(asked, Compression):
         return asked
     name, _, number = asked.partition(":")
-    kinds = {"top-k": TopK, "random-k": RandomK}
     try:
-        if name in kinds and number:
-            return kinds[name](float(number))
+        if name == "top-k" and number:
+            return TopK(float(number))
+        if name == "random-k" and number:
+            return RandomK(float(number), seed=seed)
     except ValueError as error:
         raise ValueError(f"compression={asked!r}: {error}") from None
     if asked == "int8":
-        return Int8()
+        return Int8(seed=seed)
     raise ValueError(f"compression={asked!r} is unknown: tbjax knows 'top-k:0.01' (any ratio), 'random-k:0.1', 'int8'.")
 
 

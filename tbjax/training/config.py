@@ -68,7 +68,8 @@ class TrainConfig:
     # Sequences in a step, all devices together, and tokens of each. The data decides; what is given here is checked.
     batch_size: int | None = None
     seq_len: int | None = None
-    seed: int = 0
+    # Of what is drawn by lot. The data's order has its own, which must be this one; compression draws by it.
+    seed: int | None = None
 
     optimizer: Name | Any = "adamw"  # or any optax.GradientTransformation, which brings its own settings
     learning_rate: float = 3e-4  # at its peak
@@ -119,8 +120,9 @@ class TrainConfig:
         ):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1)
-        for name in ("seed", "warmup"):
-            _whole(name, getattr(self, name), 0)
+        _whole("warmup", self.warmup, 0)
+        if self.seed is not None:
+            _whole("seed", self.seed, 0)
         for name in ("learning_rate", "weight_decay", "final", "clip_norm", "z_loss"):
             _number(name, getattr(self, name), optional=name == "clip_norm")
         for name, known in (
@@ -209,7 +211,7 @@ class TrainConfig:
             "offload": self.offload,
             "frozen": self.frozen,
             "on_nonfinite": self.on_nonfinite,
-            "compression": self.compression,
+            "compression": compression.parse(self.compression, self.seed or 0),
         }
 
     def step_options(self, model: Decoder) -> dict[str, Any]:

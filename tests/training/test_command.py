@@ -113,7 +113,7 @@ def test_the_choices_are_the_trainers():
 def test_the_defaults_that_the_help_names_are_the_configs():
     defaults = {field.name: field.default for field in dataclasses.fields(config.TrainConfig)} | config.USUAL
     help_text = re.sub(r"[\s│]+", " ", CliRunner(env={"COLUMNS": "200"}).invoke(app, ["train", "--help"]).stdout)
-    for name in "seed optimizer learning_rate schedule warmup weight_decay clip_norm on_nonfinite precision".split():
+    for name in "optimizer learning_rate schedule warmup weight_decay clip_norm on_nonfinite precision".split():
         option = f"--{name.replace('_', '-')}"
         said = re.search(rf"{option} .*?\[default: \(?([^)\]]*)\)?\]", help_text)
         assert said, option

@@ -102,6 +102,14 @@ def test_a_pipelines_schedule_is_told_to_pipelines_alone():
     assert config.step_options(tiny_model({"fsdp": 2}))["schedule"] is None
 
 
+def test_compression_by_name_draws_by_the_seed():
+    assert TrainConfig(steps=1, seed=3, compression="int8").state_options["compression"].seed == 3
+    assert TrainConfig(steps=1, seed=3, compression="random-k:0.1").state_options["compression"].seed == 3
+    assert TrainConfig(steps=1, compression="int8").state_options["compression"].seed == 0
+    with pytest.raises(ValueError, match=r"seed=-1 must be a whole number"):
+        TrainConfig(steps=1, seed=-1)
+
+
 def tiny_model(mesh):
     import jax
 

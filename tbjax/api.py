@@ -29,13 +29,13 @@ from tbjax.layers.linear import shapes_only
 from tbjax.mesh import MeshSpec, make_mesh
 from tbjax.model import Decoder
 from tbjax.pipeline import inference
-from tbjax.pipeline.schedule import Schedule, named
+from tbjax.pipeline.schedule import NAMED, Schedule, named
 from tbjax.pipeline.stages import cut_for
 from tbjax.planner.plan import Plan
 from tbjax.planning import plan as plan  # part of the face
 from tbjax.planning import settings_of
 from tbjax.prompts import Prompt, asked
-from tbjax.sharding import Sharding, ShardingStrategy
+from tbjax.sharding import ContextMethod, Sharding, ShardingStrategy
 
 if TYPE_CHECKING:
     from tbjax.training.config import Defaults
@@ -107,7 +107,10 @@ class CausalLM(Decoder):
         """Logits [B, S, V] of the next token after each of `tokens` [B, S], compiled."""
         if isinstance(tokens, jax.core.Tracer):
             return _forward(self, tokens, attention_mask, positions, segments)
-        tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
+        arrays = (tokens, attention_mask, positions, segments)  # of any library, PyTorch's too
+        tokens, attention_mask, positions, segments = (
+            array if array is None or isinstance(array, jax.Array) else np.asarray(array) for array in arrays
+        )
         if not isinstance(tokens, jax.Array) or tokens.is_fully_addressable:
             generate.check_tokens(np.asarray(tokens), self.config.vocab_size)
         with self._own_mesh():
@@ -131,11 +134,16 @@ class CausalLM(Decoder):
     def moved(
         self, mesh: MeshSpec, *, sharding: ShardingStrategy | str | None = None, sequence_parallel: bool | None = None
     ) -> "CausalLM":
-        """A copy of this model on another mesh."""
+        """A copy of this model on another mesh, laid out as it is here unless a plan or the arguments say otherwise."""
+        if not isinstance(mesh, Plan):
+            sharding = self.sharding.strategy if sharding is None else sharding
+            sequence_parallel = self.sharding.sequence_parallel if sequence_parallel is None else sequence_parallel
         layout = {"sharding": sharding, "sequence_parallel": sequence_parallel, "scan": self.scan}
+        layout["context"] = self.sharding.context
         there = abstract(self.config, mesh, dtype=self.dtype, origin=self.origin, **layout)
         copy = rows.filled(there, self)
-        copy.training_defaults = self.training_defaults
+        if not isinstance(mesh, Plan):
+            copy.training_defaults = self.training_defaults
         return copy
 
     def save_pretrained(self, path: str | Path, **options: Any) -> None:
@@ -271,7 +279,7 @@ def from_config(
         "origin": origin,
     }
     model = abstract(config, mesh, **settings)
-    about = {"origin": origin, "plan": model.plan}
+    about = {"origin": origin, "plan": model.plan, "training_defaults": model.training_defaults}
     make = functools.partial(CausalLM, config, model.sharding, dtype=model.dtype, scan=scan, **about)
     born = jax.jit(lambda key: make(key=key), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, model))
     return born(jax.random.key(seed))
@@ -287,6 +295,7 @@ def abstract(
     sequence_parallel: bool | None = None,
     schedule: Schedule | str | None = None,
     stage_layers: Sequence[int] | None = None,
+    context: ContextMethod | None = None,
     scan: bool = True,
 ) -> CausalLM:
     """The model without its weights: shapes, dtypes and shardings, all checked against the mesh."""
@@ -294,19 +303,37 @@ def abstract(
     plan = mesh if isinstance(mesh, Plan) else None
     if plan:
         sharding, sequence_parallel = settings_of(plan, config, sharding, sequence_parallel)
-        if plan.workload.training and plan.layout.pp > 1 and schedule is None:
-            schedule = named(plan.layout.schedule, plan.layout.chunks)
+        if plan.workload.training and plan.layout.pp > 1:
+            planned = named(plan.layout.schedule, plan.layout.chunks)
+            if stage_layers is not None or schedule not in (None, planned, planned.name):
+                raise ValueError(
+                    f"the plan has the schedule {planned.name!r} over stages as equal as can be, and a plan is run as "
+                    f"it is: leave out schedule={schedule!r} and stage_layers={stage_layers!r}, or plan with them."
+                )
+            schedule = planned
     strategy = ShardingStrategy.FULL_SHARD if sharding is None else sharding
-    layout = Sharding(make_mesh(mesh), ShardingStrategy(strategy), bool(sequence_parallel))
+    layout = Sharding(make_mesh(mesh), ShardingStrategy(strategy), bool(sequence_parallel), context=context)
+    defaults = None
     if schedule is not None or stage_layers is not None:
         run_by = named(schedule) if isinstance(schedule, str) else schedule
         layout = dataclasses.replace(layout, cut=cut_for(config, run_by, layout.size("pp"), stage_layers))
-    make = functools.partial(CausalLM, config, layout, dtype=dtype, origin=origin, plan=plan, scan=scan)
+        defaults = _trained_by(run_by)
+    about = {"origin": origin, "plan": plan, "training_defaults": defaults}
+    make = functools.partial(CausalLM, config, layout, dtype=dtype, scan=scan, **about)
     with shapes_only():
         model = layout.place(jax.eval_shape(make))
     for path, axes in layout.uncut(model).items():
         log.warning("%s is not cut by %s: every device along it holds a copy.", path, " and ".join(axes))
     return model
+
+
+def _trained_by(schedule: Schedule | None) -> "Defaults | None":
+    """That a model is trained by the schedule that it lies for, if that has a name."""
+    from tbjax.training.config import Defaults  # only here: it brings the whole of training with it
+
+    if schedule is None or schedule.name not in NAMED or schedule != named(schedule.name, schedule.chunks):
+        return None
+    return Defaults(pipeline=schedule.name, chunks=schedule.chunks)
 
 
 def save(model: CausalLM, path: str | Path, format: Literal["hf", "orbax"] = "hf", **options: Any) -> None:  # noqa: A002

@@ -5,6 +5,7 @@
     several of either             a list of texts
     a row of token ids            a row of token ids
     rows of token ids             rows of token ids
+    what a tokenizer gave         as its `input_ids`, without what its `attention_mask` leaves out
 
 Token ids may be numbers in a sequence or any array: NumPy's, JAX's, PyTorch's.
 """
@@ -35,6 +36,8 @@ def asked(prompt: Prompt, tokenizer: Callable[[], Any], vocab_size: int) -> Aske
     """The rows of a prompt. `tokenizer` gives the model's, or raises if it has none: it is called for texts only."""
     if isinstance(prompt, str) or _is_chat(prompt):
         return _texts([prompt], tokenizer(), lambda texts: texts[0])
+    if isinstance(prompt, Mapping) and "input_ids" in prompt:
+        return asked(_without_padding(prompt), tokenizer, vocab_size)
     if isinstance(prompt, Mapping):
         raise ValueError("prompt is a single message: a chat is a list of messages, [{'role': ..., 'content': ...}].")
     ids = _array(prompt)
@@ -78,6 +81,15 @@ def _ids(rows: Sequence[Any], vocab_size: int, *, one: bool) -> Asked:
     for row in rows:
         check_tokens(np.asarray(row, None if len(row) else np.int32), vocab_size)
     return Asked([[int(token) for token in row] for row in rows], lambda out: out[0] if one else out)
+
+
+def _without_padding(encoded: Mapping[str, Any]) -> Any:
+    ids, mask = encoded["input_ids"], encoded.get("attention_mask")
+    if mask is None:
+        return ids
+    if np.ndim(ids[0]) == 0:
+        return [token for token, real in zip(ids, mask, strict=True) if real]
+    return [[t for t, real in zip(row, kept, strict=True) if real] for row, kept in zip(ids, mask, strict=True)]
 
 
 def _array(value: Any) -> np.ndarray | None:

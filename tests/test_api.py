@@ -204,6 +204,36 @@ def test_another_mesh_that_a_user_has_set_does_not_disturb(folder):
         assert model.generate(tokens[:1, :5], max_new_tokens=3) == expected[1]
 
 
+def test_masks_of_any_library_are_taken(folder):
+    tokens, mask = tiny.batch(CASE)
+    model = tbjax.load(folder, mesh=(2, 2, 2), progress=False)
+    ours = np.asarray(model(tokens, mask))
+    np.testing.assert_array_equal(np.asarray(model(torch.tensor(tokens), torch.tensor(mask))), ours)
+    left_out = {"input_ids": torch.tensor([[0, 0, 5, 6]]), "attention_mask": torch.tensor([[0, 0, 1, 1]])}
+    assert model.generate(left_out, max_new_tokens=2) == model.generate([[5, 6]], max_new_tokens=2)
+
+
+def test_a_moved_model_lies_as_it_did(folder):
+    model = tbjax.load(folder, mesh=(2, 2, 2), sharding="OPTIMIZER", sequence_parallel=True, progress=False)
+    moved = model.moved({"fsdp": 4, "tp": 2})
+    assert moved.sharding.strategy == "OPTIMIZER"
+    assert moved.sharding.sequence_parallel
+    assert same(moved, model)
+    assert model.moved((1, 8, 1), sharding="FULL_SHARD").sharding.strategy == "FULL_SHARD"
+
+
+def test_a_schedule_that_a_model_lies_for_is_the_one_that_trains_it(folder):
+    model = tbjax.load(folder, mesh={"pp": 2, "fsdp": 4}, schedule="zb-h1", progress=False)
+    assert (model.training_defaults.pipeline, model.training_defaults.chunks) == ("zb-h1", 1)
+    assert same(tbjax.load(folder, mesh=(1, 8, 1), progress=False), tbjax.load(folder, mesh=(8, 1, 1), progress=False))
+    with pytest.raises(ValueError, match=r"stage_layers=\[1, 1\]: the mesh has no stages"):
+        tbjax.load(folder, mesh=(1, 8, 1), stage_layers=[1, 1], progress=False)
+    options = {"task": "train", "global_batch": 8, "seq_len": 32, "mesh": {"pp": 2}, "schedule": "1f1b"}
+    planned = tbjax.plan(folder, "cpu:8", runnable=True, **options)
+    with pytest.raises(ValueError, match="the plan has the schedule '1f1b'"):
+        tbjax.load(folder, mesh=planned, schedule="zb-v", progress=False)
+
+
 def test_an_end_token_that_is_none_is_named():
     model = tbjax.from_config(tiny.hf_config(CASE), (8, 1, 1))
     model.origin = dataclasses.replace(model.origin, generation_config={"eos_token_id": "</s>"})

@@ -85,7 +85,7 @@ class DistributedConfig:
 
 
 class DistributedLLMOptimizer:
-    """Loads a model over `num_gpus` devices (default: those that the config's sizes need, else all)."""
+    """Loads a model over `num_gpus` devices (default: all)."""
 
     def __init__(
         self,

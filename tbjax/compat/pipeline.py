@@ -163,8 +163,16 @@ def _run(
         output = model.logits(hidden.states)
         return (loss_fn(output, part.given) if takes_batch else loss_fn(output)).astype(jnp.float32) / microbatches
 
-    whole = _Part(jnp.asarray(_tokens(batch)), batch)
+    whole = _Part(jnp.asarray(_tokens(batch)), batch, **_surroundings(batch))
     return pipelined_gradients(model, whole, loss, schedule=schedule, microbatches=microbatches, remat=remat)
+
+
+def _surroundings(batch: Any) -> dict[str, Any]:
+    """What a microbatch says of its tokens, under Hugging Face's names or ours."""
+    names = {"attention_mask": "mask", "mask": "mask", "position_ids": "positions"}
+    names |= {"positions": "positions", "segments": "segments"}
+    given = batch if isinstance(batch, Mapping) else {}
+    return {ours: jnp.asarray(given[name]) for name, ours in names.items() if name in given}
 
 
 def _tokens(batch: Any) -> Any:

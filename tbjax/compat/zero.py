@@ -21,6 +21,7 @@ from tbjax.api import CausalLM
 from tbjax.compat.training import mesh_of, with_defaults
 from tbjax.sharding import ShardingStrategy
 from tbjax.training.config import Defaults, Offloaded, TrainConfig
+from tbjax.training.optimizer import Layerwise, clip_by_norm
 from tbjax.training.precision import Precision
 
 STAGES = (
@@ -49,7 +50,6 @@ SCALING = (
     "auto_cast", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale", "consecutive_hysteresis",
 )  # fmt: skip
 
-OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "lion": "lion", "sgd": "sgd", "muon": "muon"}
 PRECISIONS: Mapping[str, Precision] = {"bf16": "mixed", "fp16": "float16", "fp32": "float32"}
 REDUCE_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -70,7 +70,10 @@ class DeepSpeedSettings:
         return laid
 
     def train_config(self, steps: int, **options: Any) -> TrainConfig:
-        """The config of a run of so many steps; `options` are more of `TrainConfig`'s, and come first."""
+        """The config of a run of so many steps; `options` are more of `TrainConfig`'s, and come first.
+
+        An optimizer that the config names keeps its learning rate from beginning to end, unless `options` name another.
+        """
         return TrainConfig(**{"steps": steps, **self.training_defaults.given, **self.options, **options})
 
 
@@ -110,6 +113,8 @@ def deepspeed(config: Mapping[str, Any] | str | Path) -> DeepSpeedSettings:
         options["reduce_dtype"] = REDUCE_DTYPES[communication]
     microbatches = values.take("gradient_accumulation_steps", None)
     whole, part = values.take("train_batch_size", None), values.take("train_micro_batch_size_per_gpu", None)
+    if part is not None and whole is None:
+        unused.append("train_micro_batch_size_per_gpu")  # it is the data that says how large a batch is
     if whole is not None:
         options["batch_size"] = whole
     if whole is not None and part is not None and whole % (part * (microbatches or 1)):
@@ -124,29 +129,29 @@ def deepspeed(config: Mapping[str, Any] | str | Path) -> DeepSpeedSettings:
 
 
 def _optimizer(section: "_Reader", clip_norm: float | None) -> dict[str, Any]:
-    """The optimizer's part of a TrainConfig."""
-    options: dict[str, Any] = {"schedule": "constant", "clip_norm": clip_norm or None}
+    """The optimizer's part of a TrainConfig, with what DeepSpeed takes where the config says nothing."""
     kind = section.take("type", None)
     given = section.section("params")
     section.close()
     if kind is None:
         given.close()
-        return options
-    if str(kind).lower() not in OPTIMIZERS:
-        raise ValueError(f"optimizer.type={kind!r} is unknown: tbjax knows {', '.join(OPTIMIZERS)}.")
+        return {"clip_norm": clip_norm or None}
     rate, decay = given.take("lr", 1e-3), given.take("weight_decay", 0.0)
-    betas, epsilon = given.take("betas", None), given.take("eps", None)
-    name = OPTIMIZERS[str(kind).lower()]
+    match str(kind).lower():
+        case "adam" | "adamw":
+            first, second = given.take("betas", (0.9, 0.999))
+            rule = optax.adamw(rate, b1=first, b2=second, eps=given.take("eps", 1e-8), weight_decay=decay)
+        case "lion":
+            first, second = given.take("betas", (0.9, 0.99))
+            rule = optax.lion(rate, b1=first, b2=second, weight_decay=decay)
+        case "sgd":
+            rule = optax.sgd(rate, momentum=given.take("momentum", 0.0) or None)
+            rule = optax.chain(optax.add_decayed_weights(decay), rule) if decay else rule
+        case _:
+            raise ValueError(f"optimizer.type={kind!r} is unknown: tbjax knows Adam, AdamW, Lion and SGD.")
     given.close()
-    if betas is None and epsilon is None:
-        return options | {"optimizer": name, "learning_rate": rate, "weight_decay": decay}
-    if name != "adamw":
-        raise ValueError(f"optimizer.params: betas and eps are Adam's, not those of {kind}.")
-    first, second = betas or (0.9, 0.999)
-    rule = optax.adamw(rate, b1=first, b2=second, eps=epsilon or 1e-8, weight_decay=decay)
-    if clip_norm:
-        rule = optax.chain(optax.clip_by_global_norm(clip_norm), rule)
-    return {"optimizer": rule}
+    whole = optax.chain(clip_by_norm(clip_norm), rule) if clip_norm else rule
+    return {"optimizer": Layerwise(*optax.with_extra_args_support(whole))}
 
 
 def _offloaded(section: "_Reader", name: str) -> bool:

@@ -65,6 +65,9 @@ def cut_for(
     is the cut that a mesh has by itself: without stages, or where the layers follow no single pattern.
     """
     group, *others = config.groups
+    if counts is not None and (stages == 1 or others):
+        why = "the mesh has no stages (pp=1)" if stages == 1 else "the layers of this model follow no single pattern"
+        raise ValueError(f"stage_layers={list(counts)}: {why}, so there is nothing to share out.")
     if stages == 1 or others:
         return None
     width = len(group.pattern)

@@ -24,7 +24,7 @@ from tbjax.planner.plain import plain, restore
 from tbjax.planner.plan import Plan
 from tbjax.remat import Remat
 from tbjax.training import compression
-from tbjax.training.learning_rate import Schedule, learning_rate
+from tbjax.training.learning_rate import Schedule, learning_rate, wsd_decay
 from tbjax.training.optimizer import Layerwise, Name, OnlyLayerwise, make_optimizer
 from tbjax.training.step import DTYPES, Precision
 
@@ -35,8 +35,12 @@ Offloaded: TypeAlias = Literal["optimizer", "parameters", "activations"]
 # What belongs to an optimizer by name, and that an optax transformation brings itself.
 OF_OPTIMIZER = ("learning_rate", "schedule", "warmup", "decay", "final", "weight_decay", "decayed", "clip_norm")
 
+# Optimizers by name without weight decay.
+UNDECAYED = ("sgd", "adafactor")
+
 # What is None in a config and in no plan.
 USUAL: Mapping[str, Any] = {
+    "optimizer": "adamw",
     "precision": "mixed",
     "remat": "full",
     "microbatches": 1,
@@ -53,6 +57,8 @@ class Defaults:
     precision: Precision | None = None
     remat: str | None = None
     microbatches: int | None = None
+    pipeline: str | None = None
+    chunks: int | None = None
     offload: tuple[Offloaded, ...] | None = None
 
     @property
@@ -71,7 +77,7 @@ class TrainConfig:
     # Of what is drawn by lot. The data's order has its own, which must be this one; compression draws by it.
     seed: int | None = None
 
-    optimizer: Name | Any = "adamw"  # or any optax.GradientTransformation, which brings its own settings
+    optimizer: Name | Any = None  # or any optax.GradientTransformation, which brings its own settings
     learning_rate: float = 3e-4  # at its peak
     schedule: Schedule = "cosine"
     warmup: int = 0  # steps
@@ -79,7 +85,7 @@ class TrainConfig:
     final: float = 0.1  # of the peak, at the end
     weight_decay: float = 0.1
     decayed: str | None = None  # a regular expression of the paths that decay; None: all matrices
-    clip_norm: float | None = 1.0  # of all gradients together
+    clip_norm: float | None = 1.0  # of all gradients together; None or 0: as they are
     frozen: str | None = None  # a regular expression of the paths that stay as they are
 
     precision: Precision | None = None
@@ -146,15 +152,20 @@ class TrainConfig:
         self._check_steps()
 
     def _check_optimizer(self) -> None:
-        if isinstance(self.optimizer, str):
-            _one_of("optimizer", self.optimizer, get_args(Name))
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        if self.optimizer is None or isinstance(self.optimizer, str):
+            _one_of("optimizer", self.optimizer, (None, *get_args(Name)))
+            if self.optimizer in UNDECAYED and self.weight_decay not in (0, defaults["weight_decay"]):
+                raise ValueError(
+                    f"TrainConfig.weight_decay={self.weight_decay}: {self.optimizer} decays nothing. Leave it out, or "
+                    "choose another optimizer."
+                )
             return
         if not isinstance(self.optimizer, optax.GradientTransformation):
             raise ValueError(
                 f"TrainConfig.optimizer={self.optimizer!r} must be one of {', '.join(map(repr, get_args(Name)))}, or "
                 "an optax.GradientTransformation."
             )
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in OF_OPTIMIZER:
             if getattr(self, name) != defaults[name]:
                 raise ValueError(
@@ -163,9 +174,9 @@ class TrainConfig:
                 )
 
     def _check_steps(self) -> None:
-        falling = (self.decay or 1) if self.schedule == "wsd" else 0
+        falling = wsd_decay(self.steps, self.decay) if self.schedule == "wsd" else 0
         if self.warmup + falling > self.steps or self.warmup >= self.steps:
-            what = f"warmup={self.warmup}" + (f" and decay={self.decay}" if falling and self.decay else "")
+            what = f"warmup={self.warmup}" + (f" and decay={falling}" if falling else "")
             raise ValueError(f"TrainConfig: {what} leave nothing of steps={self.steps}.")
         if self.decay is not None and self.schedule != "wsd":
             raise ValueError(f"TrainConfig.decay={self.decay} is for schedule='wsd', not {self.schedule!r}.")
@@ -173,25 +184,32 @@ class TrainConfig:
     def with_plan(self, plan: Plan | None, defaults: Defaults | None = None) -> "TrainConfig":
         """This config with what it leaves open filled in: from `defaults`, else `plan`, as far as there are any."""
         given = dict(USUAL)
-        if plan is not None:
+        if plan is not None and plan.workload.training:
             layout = plan.layout
-            given |= {"precision": plan.workload.precision, "remat": layout.remat, "microbatches": layout.microbatches}
+            given |= {
+                "optimizer": plan.workload.optimizer,
+                "precision": plan.workload.precision,
+                "remat": layout.remat,
+                "microbatches": layout.microbatches,
+            }
             given |= {"pipeline": layout.schedule, "offload": layout.offload}
-            given |= {"chunks": layout.chunks if self.pipeline is None else None}
+            given |= {"chunks": layout.chunks}
         given |= defaults.given if defaults else {}
+        if self.pipeline is not None:
+            given["chunks"] = None  # they are another schedule's
         left_open = {name: value for name, value in given.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **left_open)
 
     def rate(self, step: int) -> float | None:
         """The learning rate of step `step`, counted from 1; None where the optimizer has its own."""
-        return float(jax.device_get(self._schedule()(step - 1))) if isinstance(self.optimizer, str) else None
+        return float(jax.device_get(self._schedule()(step - 1))) if self._by_name else None
 
     def make_optimizer(self, model: Decoder) -> optax.GradientTransformation:
         """The optimizer for the parameters of `model`, which may be abstract."""
-        if not isinstance(self.optimizer, str):
-            return self.optimizer
+        if not self._by_name:
+            return cast(optax.GradientTransformation, self.optimizer)
         made = make_optimizer(
-            cast(Name, self.optimizer),
+            cast(Name, self.optimizer or USUAL["optimizer"]),
             model,
             learning_rate=self._schedule(),
             weight_decay=self.weight_decay,
@@ -225,6 +243,10 @@ class TrainConfig:
             "reduce_dtype": self.reduce_dtype,
         }
 
+    @property
+    def _by_name(self) -> bool:
+        return self.optimizer is None or isinstance(self.optimizer, str)
+
     def _schedule(self) -> optax.Schedule:
         return learning_rate(
             self.schedule,
@@ -237,7 +259,7 @@ class TrainConfig:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The config as JSON, written to `path` if one is given."""
-        if not isinstance(self.optimizer, str):
+        if not self._by_name:
             raise TypeError(
                 "TrainConfig.optimizer is an optax transformation, which JSON cannot hold: name the optimizer instead."
             )

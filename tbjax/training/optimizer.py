@@ -58,8 +58,8 @@ def make_optimizer(
 
     Its state is in the parameters' dtype: adamw two arrays like them (muon for what it leaves to AdamW), lion, sgd and
     muon one, adafactor one value per row and column of each matrix. `clip_norm` bounds the norm of all gradients
-    together. `decayed` says which parameters' weights decay, by their paths: matrices unless told otherwise (sgd and
-    adafactor decay none).
+    together (None or 0: nothing does). `decayed` says which parameters' weights decay, by their paths: matrices unless
+    told otherwise (sgd and adafactor decay none).
     """
     found = {leaf.path: leaf for leaf in leaves(model)}
     matrices = frozenset(path for path, leaf in found.items() if _is_matrix(leaf))
@@ -72,6 +72,7 @@ def make_optimizer(
         case "adamw":
             rule = optax.adamw(learning_rate, b2=0.95, weight_decay=weight_decay, mask=mask)
         case "adafactor":
+            _check_no_holes(model)
             rule = optax.adafactor(learning_rate)
         case "sgd":
             rule = optax.sgd(learning_rate, momentum=SGD_MOMENTUM)
@@ -82,10 +83,21 @@ def make_optimizer(
         case _:
             known = ", ".join(map(repr, Name.__args__))
             raise ValueError(f"optimizer={name!r} is unknown: tbjax knows {known}.")
-    whole = rule if clip_norm is None else optax.chain(clip_by_norm(clip_norm), rule)
+    whole = optax.chain(clip_by_norm(clip_norm), rule) if clip_norm else rule
     # Adafactor's clipping and scaling are by the size of an array, which for it is a stack.
     kind = {"adafactor": optax.GradientTransformationExtraArgs, "muon": OnlyLayerwise}.get(name, Layerwise)
     return kind(*optax.with_extra_args_support(whole))
+
+
+def _check_no_holes(model: Any) -> None:
+    """Adafactor measures whole stacks, and rows without a layer would count in it."""
+    for group in model.config.groups:
+        cut = model.sharding.stack(group.repeats)
+        if cut.rows * cut.stages > cut.repeats:
+            raise ValueError(
+                f"optimizer='adafactor' scales updates by the size of whole stacks, but {cut.repeats} layers over "
+                f"pp={cut.stages} leave rows without a layer in them: use another optimizer, or stages of equal depth."
+            )
 
 
 def clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tbjax.config import ModelConfig
 from tbjax.model import Decoder
-from tbjax.sharding import Sharding, leaves
+from tbjax.sharding import Sharding, leaves, on_host
 from tbjax.training import compression as compressing
 from tbjax.training.optimizer import Parameters, as_dict, in_host, place_state
 from tbjax.training.precision import (
@@ -115,6 +115,7 @@ def init_state(
     compression: compressing.Asked = None,
 ) -> TrainState:
     """The state before the first step, with the optimizer's born where it is to lie. Options as of `make_step`."""
+    check_dtype(model, precision)
     check_offload(offload, optimizer)
     compress = compressing.parse(compression)
     compressing.check(compress, model, offload)
@@ -126,6 +127,32 @@ def init_state(
     replicated = NamedSharding(model.sharding.mesh, PartitionSpec())
     rest = jax.device_put(_rest(precision, on_nonfinite, loss_scaling), replicated)
     return TrainState(model, state, *rest, residual=residual)
+
+
+def check_dtype(model: Decoder, precision: Precision) -> None:
+    """Refuse weights in another dtype than the precision's: small updates of 16-bit weights would vanish unsaid."""
+    wanted = jnp.dtype(dtypes(precision)[0])
+    if model.dtype != wanted:
+        raise ValueError(
+            f"precision={precision!r} trains {wanted} weights, but the model's are {model.dtype}: load it with "
+            f"dtype={str(wanted)!r}, or ask for another precision."
+        )
+
+
+def check_state(state: TrainState, precision: Precision, on_nonfinite: OnNonfinite, offload: Iterable[str]) -> None:
+    """Refuse a state that was made for a step with other options."""
+    check_dtype(state.model, precision)
+    needed = {
+        f"precision={precision!r}": (precision == "float16") == (state.loss_scale is not None),
+        f"on_nonfinite={on_nonfinite!r}": (on_nonfinite == "stop") == (state.stopped is not None),
+        "offload=('optimizer',)": "optimizer" not in offload
+        or any(on_host(array) for array in jax.tree.leaves(state.optimizer)),
+        "offload=('parameters',)": "parameters" not in offload
+        or all(on_host(array) for array in jax.tree.leaves(state.model)),
+    }
+    for option, met in needed.items():
+        if not met:
+            raise ValueError(f"the step has {option}, but the state was made without it: give init_state the same.")
 
 
 def resumed(state: TrainState) -> TrainState:

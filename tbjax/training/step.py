@@ -39,6 +39,7 @@ from tbjax.training.state import (
     TrainState,
     abstract_batch,
     abstract_state,
+    check_state,
     init_state,
     resumed,
     trainable,
@@ -108,6 +109,7 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         model = state.model
+        check_state(state, precision, on_nonfinite, offload)
         batch = place_batch(batch, model.sharding)
         values, scale = trainable(model, frozen), state.loss_scale
         compressing.check(compress, model, offload)

@@ -12,6 +12,7 @@ import tbjax
 from tbjax import compat
 from tbjax.config import LayerKind
 from tbjax.sharding import leaves
+from tbjax.training.optimizer import Layerwise
 from tests import tiny
 from tests.pipeline.models import DENSE
 
@@ -333,11 +334,31 @@ def test_deepspeed_s_json_is_understood():
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.01}},
     }
     config = compat.deepspeed(whole).train_config(steps=10)
-    wanted = {"precision": "mixed", "microbatches": 2, "batch_size": 32, "clip_norm": 0.5, "learning_rate": 1e-4}
-    wanted |= {"weight_decay": 0.01, "reduce_dtype": "float32", "schedule": "constant", "optimizer": "adamw"}
+    wanted = {"precision": "mixed", "microbatches": 2, "batch_size": 32, "reduce_dtype": "float32"}
     assert {name: getattr(config, name) for name in wanted} == wanted
-    betas = {"optimizer": {"type": "Adam", "params": {"lr": 1e-4, "betas": [0.9, 0.95]}}}
-    assert hasattr(compat.deepspeed(betas).train_config(steps=10).optimizer, "update")
+    assert compat.deepspeed({"gradient_clipping": 0.5}).train_config(steps=10, optimizer="lion").clip_norm == 0.5
+    assert compat.deepspeed({"train_micro_batch_size_per_gpu": 4}).unused == ("train_micro_batch_size_per_gpu",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "update"),
+    [
+        # Of weight 1 and gradient 2 at a first step, whose direction Adam and Lion take without its length.
+        ("AdamW", {"lr": 0.1, "weight_decay": 0.5}, -0.1 * (1 + 0.5)),
+        ("Lion", {"lr": 0.1, "weight_decay": 0.5}, -0.1 * (1 + 0.5)),
+        ("SGD", {"lr": 0.1, "weight_decay": 0.5}, -0.1 * (2 + 0.5)),
+        ("SGD", {"lr": 0.1}, -0.1 * 2),
+    ],
+)
+def test_deepspeed_s_optimizers_do_what_deepspeed_s_do(kind, params, update):
+    section = {"optimizer": {"type": kind, "params": params}}
+    offloaded = section | {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    for config in (section, offloaded):
+        rule = compat.deepspeed(config).train_config(steps=10).optimizer
+        assert isinstance(rule, Layerwise)  # or it could not be offloaded
+        weights = {"norm.weight": jnp.ones(3)}
+        found, _ = rule.update({"norm.weight": jnp.full(3, 2.0)}, rule.init(weights), weights)
+        np.testing.assert_allclose(found["norm.weight"], update, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 
 from tbjax.mesh import make_mesh
 from tbjax.planning import plan
-from tbjax.training.config import USUAL, TrainConfig
+from tbjax.training.config import USUAL, Defaults, TrainConfig
 from tbjax.training.learning_rate import learning_rate
 from tests import tiny
 
@@ -116,3 +116,35 @@ def tiny_model(mesh):
     from tbjax.api import abstract
 
     return abstract(tiny.our_config(tiny.BY_NAME["llama"]), make_mesh(mesh, jax.devices()[:2]), dtype="float32")
+
+
+def test_what_a_plan_says_of_training_is_taken_and_what_it_says_of_serving_is_not():
+    mesh = {"pp": 2, "tp": 2}
+    options = {
+        "mesh": mesh,
+        "optimizer": "lion",
+        "schedule": "zb-h1",
+        "remat": "full",
+        "global_batch": 8,
+        "seq_len": 64,
+    }
+    planned = plan(tiny.our_config(tiny.BY_NAME["llama"]), "h100:4", **options)
+    config = TrainConfig(steps=10).with_plan(planned)
+    assert (config.optimizer, config.pipeline, config.remat) == ("lion", "zb-h1", "full")
+    assert TrainConfig(steps=10, optimizer="sgd").with_plan(planned).optimizer == "sgd"
+    defaults = Defaults(pipeline="interleaved", chunks=3)
+    assert TrainConfig(steps=10).with_plan(planned, defaults).chunks == 3
+    assert TrainConfig(steps=10, pipeline="gpipe").with_plan(planned, defaults).chunks is None
+    serving = plan(tiny.our_config(tiny.BY_NAME["llama"]), "h100:4", task="inference", mesh={"tp": 4})
+    assert TrainConfig(steps=10).with_plan(serving) == TrainConfig(steps=10).with_plan(None)
+    assert TrainConfig(steps=10).with_plan(None).optimizer == "adamw"
+
+
+def test_wsd_needs_the_steps_of_its_warm_up_and_of_its_fall():
+    with pytest.raises(ValueError, match="warmup=95 and decay=10 leave nothing of steps=100"):
+        TrainConfig(steps=100, schedule="wsd", warmup=95)
+
+
+def test_optimizers_that_decay_nothing_say_so():
+    with pytest.raises(ValueError, match=r"weight_decay=0\.2: sgd decays nothing"):
+        TrainConfig(steps=10, optimizer="sgd", weight_decay=0.2)

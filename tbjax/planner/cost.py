@@ -106,7 +106,7 @@ def _step(priced: Prices, layout: Layout) -> tuple[dict[str, float]]:
     pp, dp, fsdp, ep, cp, tp = layout.pp, layout.dp, layout.fsdp, layout.ep, layout.cp, layout.tp
     rows, sequence, parallel = layout.rows(workload), workload.seq_len, layout.sequence_parallel
     cuts, shares = layout.strategy.cuts_parameters, layout.strategy is not ShardingStrategy.NO_SHARD
-    layers = -(-priced.config.layers // pp)
+    layers = priced.layers(pp, layout.pieces)
     work = priced.layer(rows, tp, cp, ep, parallel, layout.remat)
     ends = priced.ends(rows, sequence, tp, cp)
     talk = priced.talk(rows, sequence, tp, cp, ep, parallel, layout.remat)
@@ -175,7 +175,7 @@ def _pass(priced: Prices, layout: Layout, sequence: int, cached: float) -> dict[
     pp, fsdp, ep, tp = layout.pp, layout.fsdp, layout.ep, layout.tp
     cp = layout.cp if sequence % layout.cp == 0 else 1
     cached /= layout.cp  # each device looks through its share of the cache
-    layers = -(-priced.config.layers // pp)
+    layers = priced.layers(pp, 1)
     ways = fsdp * ep if layout.strategy.cuts_parameters else 1
     work, fetched = priced.served(rows, sequence, cached, tp, cp, ep, 1), 0.0
     if ways > 1:

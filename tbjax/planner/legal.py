@@ -5,8 +5,8 @@ mesh the settings that go with it. Meshes are grown axis by axis, innermost firs
 refused once, together with all the meshes that would have had it. What the user fixed is not varied.
 
 Divisibility is what the decoder asks of its parameters (`tbjax/sharding.py`), read from the parameters themselves; the
-rest follows from what a degree means: tp speaks at every layer and stays inside the fast domain, a pipeline has a layer
-for every stage, a batch is cut into whole sequences.
+rest follows from what a degree means: tp speaks at every layer and stays inside the fast domain, a pipeline has for
+every stage a repeat of the model's pattern of layers, a batch is cut into whole sequences.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from tbjax.config import ModelConfig
 from tbjax.mesh import AXES, spell
 from tbjax.planner.hardware import Cluster
 from tbjax.planner.parameters import tensors
-from tbjax.planner.workload import Layout, Offloaded, Remat, Schedule, Workload
+from tbjax.planner.workload import Layout, Offloaded, Optimizer, Remat, Schedule, Workload
 from tbjax.sharding import PARAMETER_AXES, ShardingStrategy
 
 # Axes in the order in which a mesh is grown: those with the fewest legal sizes first, so that much is refused at once;
@@ -33,6 +33,16 @@ SETTINGS = ("strategy", "sequence_parallel", "microbatches", "remat", "schedule"
 _STRATEGIES = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy.OPTIMIZER)
 _OFFLOADS: tuple[tuple[Offloaded, ...], ...] = ((), ("optimizer",), ("activations",), ("optimizer", "activations"))
 _REMATS: tuple[Remat, ...] = ("none", "dots", "full", "stage")
+
+# Under which activations are not offloaded, and why (`tbjax.remat.Remat.offloading`).
+_NAMELESS: Mapping[Remat, str] = {
+    "none": "keeps too much to name, and what is offloaded must have a name",
+    "stage": "is for pipelines, whose activations are not offloaded",
+}
+
+# Optimizers that cannot have their state in the host's memory, since it comes to the device layer by layer
+# (`tbjax.training.optimizer.Layerwise`).
+_NOT_LAYERWISE: tuple[Optimizer, ...] = ("adafactor",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,12 +167,28 @@ class Space:
         return None
 
     def _refuse_pp(self, sizes: Mapping[str, int]) -> Refusal | None:
-        if sizes["pp"] == 1:
+        pp = sizes["pp"]
+        if pp == 1:
             if self.fixed.get("remat") == "stage":
                 return Refusal("pp stage", "remat='stage' keeps the input of a pipeline stage, and pp=1 has none")
             return None
-        if sizes["pp"] > self.config.layers:
-            return Refusal("pp", f"{self.config.layers} layers < pp {sizes['pp']}: a stage would have none")
+        if self._patterns > 1:
+            # Serving may run even so: it gathers every layer on every device, which saves neither time nor cache.
+            return Refusal(
+                "pp pattern",
+                f"pp={pp}: the {self.config.layers} layers follow no single pattern, but {self._patterns} one after "
+                "the other, and a pipeline cuts one stack of repeats",
+            )
+        if pp > self._repeats:
+            return Refusal("pp", f"{self._spoken_repeats} < pp {pp}: a stage would have none")
+        if self.workload.training and "activations" in self.fixed.get("offload", ()):
+            return Refusal("pp offload", f"pp={pp}: activations are not offloaded from the stages of a pipeline")
+        schedule, chunks = self.fixed.get("schedule"), self.fixed.get("chunks")
+        # With so many microbatches there is every schedule that cuts evenly.
+        if self.workload.training and not _schedules(self._repeats, pp, 2 * pp, schedule, chunks):
+            fixed = {"schedule": schedule, "chunks": chunks}
+            said = " and ".join(f"{name}={value!r}" for name, value in fixed.items() if value is not None)
+            return Refusal("pp pieces", f"{said} does not share {self._spoken_repeats} out evenly over pp={pp}")
         return None
 
     def _refuse_fsdp(self, sizes: Mapping[str, int]) -> Refusal | None:
@@ -200,8 +226,28 @@ class Space:
         return not self.workload.training
 
     @functools.cached_property
-    def _layers(self) -> int:
-        return self.config.layers
+    def _patterns(self) -> int:
+        return len(self.config.groups)
+
+    @functools.cached_property
+    def _repeats(self) -> int:
+        """What a pipeline shares out."""
+        return self.config.groups[0].repeats
+
+    @functools.cached_property
+    def _spoken_repeats(self) -> str:
+        width = len(self.config.groups[0].pattern)
+        return f"{self._repeats} layers" if width == 1 else f"{self._repeats} repeats of {width} layers"
+
+    @functools.cached_property
+    def _offloads(self) -> Mapping[bool, tuple[tuple[Offloaded, ...], ...]]:
+        """What may be offloaded, by whether activations may be."""
+        optimizer = self.workload.training and self.workload.optimizer not in _NOT_LAYERWISE
+        without = tuple(each for each in _OFFLOADS if optimizer or "optimizer" not in each)
+        return {
+            True: without if self.workload.training else _OFFLOADS[:1],
+            False: tuple(each for each in without if "activations" not in each),
+        }
 
     @functools.cached_property
     def _settled(self) -> Mapping[str, int]:
@@ -227,14 +273,14 @@ class Space:
 
     def layouts(self, mesh: Layout) -> Iterator[Layout]:
         """Every legal way to use a mesh."""
-        for strategy, parallel, remat, microbatches, offload in itertools.product(
+        for strategy, parallel, remat, microbatches in itertools.product(
             self.strategies(mesh),
             self.sequence_parallel(mesh),
             self.remats(mesh),
             self.microbatches(mesh),
-            self.offloads(),
         ):
-            for schedule, chunks in self.schedules(mesh, microbatches):
+            offloads, schedules = self.offloads(mesh, remat), self.schedules(mesh, microbatches)
+            for offload, (schedule, chunks) in itertools.product(offloads, schedules):
                 yield dataclasses.replace(
                     mesh,
                     strategy=strategy,
@@ -277,12 +323,15 @@ class Space:
             return (self.fixed["remat"],)
         if not self.workload.training:
             return _REMATS[:1]
+        if "activations" in self.fixed.get("offload", ()):
+            return tuple(remat for remat in _REMATS if remat not in _NAMELESS)
         return _REMATS if mesh.pp > 1 else _REMATS[:-1]
 
-    def offloads(self) -> tuple[tuple[Offloaded, ...], ...]:
+    def offloads(self, mesh: Layout, remat: Remat) -> tuple[tuple[Offloaded, ...], ...]:
+        """What may lie in the host's memory: nothing first, all that may last."""
         if "offload" in self.fixed:
             return (tuple(self.fixed["offload"]),)
-        return _OFFLOADS if self.workload.training else _OFFLOADS[:1]
+        return self._offloads[mesh.pp == 1 and remat not in _NAMELESS]
 
     def schedules(self, mesh: Layout, microbatches: int) -> tuple[tuple[Schedule, int], ...]:
         """Schedules with their chunks per stage, 1F1B first: the one whose activations are least.
@@ -292,7 +341,7 @@ class Space:
         """
         if mesh.pp == 1 or self._served:
             return self._unused_schedule
-        return _schedules(self._layers, mesh.pp, microbatches, self.fixed.get("schedule"), self.fixed.get("chunks"))
+        return _schedules(self._repeats, mesh.pp, microbatches, self.fixed.get("schedule"), self.fixed.get("chunks"))
 
     # What the user fixed.
 
@@ -305,6 +354,7 @@ class Space:
         if settings.get("remat") == "stage":  # only a pipeline has it, and pp may yet be chosen
             settings.setdefault("pp", 2)
         Layout(**settings)  # raises, naming the one that is wrong
+        self._check_offload()
         if self.workload.global_batch % self.fixed.get("microbatches", 1):
             microbatches, batch = self.fixed["microbatches"], self.workload.global_batch
             raise ValueError(
@@ -329,6 +379,20 @@ class Space:
             raise ValueError(
                 f"mesh {spell(sizes)} needs {'' if whole else 'a multiple of '}{asked} devices, but {self.cluster} has "
                 f"{devices}. A mesh that would do: {spell(nearest)}."
+            )
+
+    def _check_offload(self) -> None:
+        offload, remat = self.fixed.get("offload", ()), self.fixed.get("remat", "full")
+        if not self.workload.training:
+            return
+        if "activations" in offload and remat in _NAMELESS:
+            raise ValueError(
+                f"offload={tuple(offload)}: remat={remat!r} {_NAMELESS[remat]}. remat='dots' and 'full' would do."
+            )
+        if "optimizer" in offload and self.workload.optimizer in _NOT_LAYERWISE:
+            raise ValueError(
+                f"offload={tuple(offload)}: what lies in the host's memory is updated layer by layer, and "
+                f"{self.workload.optimizer} does not treat layers apart. adamw, lion, sgd and muon do."
             )
 
 
@@ -366,7 +430,7 @@ _SPOKEN = {
 
 @functools.lru_cache(maxsize=4096)
 def _schedules(
-    layers: int, stages: int, microbatches: int, schedule: Schedule | None, chunks: int | None
+    repeats: int, stages: int, microbatches: int, schedule: Schedule | None, chunks: int | None
 ) -> tuple[tuple[Schedule, int], ...]:
     """What `Space.schedules` gives, where `schedule` and `chunks` are what the user fixed."""
     enough: Mapping[Schedule, int] = {
@@ -381,10 +445,10 @@ def _schedules(
         for name, needed in enough.items()
         if microbatches >= needed
         and (name != "gpipe" or schedule == "gpipe")
-        and (name != "zb-v" or layers % (2 * stages) == 0)  # two chunks on each stage
+        and (name != "zb-v" or repeats % (2 * stages) == 0)  # two chunks on each stage
     ]
-    if layers % stages == 0 and microbatches % stages == 0:  # equal chunks, and microbatches in whole rounds
-        found.extend(("interleaved", count) for count in divisors(layers // stages)[1:])
+    if repeats % stages == 0 and microbatches % stages == 0:  # equal chunks, and microbatches in whole rounds
+        found.extend(("interleaved", count) for count in divisors(repeats // stages)[1:])
     return tuple((s, c) for s, c in found if schedule in (None, s) and chunks in (None, c))
 
 

@@ -10,7 +10,7 @@ from tbjax.planner import liveness
 from tbjax.planner.device import Hardware
 from tbjax.planner.flight import activations_in_flight, arrivals_in_flight
 from tbjax.planner.liveness import Compiler, Layer, Live
-from tbjax.planner.parameters import TILE, Shard, shards
+from tbjax.planner.parameters import TILE, Shard, shards, stage_layers
 from tbjax.planner.workload import Layout, Optimizer, Remat, Workload
 from tbjax.sharding import ShardingStrategy
 
@@ -55,14 +55,16 @@ class Step(NamedTuple):
     @classmethod
     def make(cls, config: ModelConfig, workload: Workload, layout: Layout, hardware: Hardware, length: int) -> "Step":
         rows = layout.rows(workload)
+        pieces = layout.pieces if workload.training else 1
+        kinds, layers = _stage(config, layout.tp, layout.ep, layout.sequence_parallel, layout.pp, pieces)
         return cls(
             config,
             workload,
             layout,
             hardware,
             liveness.compiler(hardware.vendor, workload.compute_bytes),
-            liveness.layers(config, layout.tp, layout.ep, layout.sequence_parallel),
-            -(-config.layers // layout.pp),
+            kinds,
+            layers,
             rows,
             rows * -(-length // layout.cp),
             4 if hardware.vendor == "cpu" else workload.compute_bytes,  # a CPU has no other floating point
@@ -79,6 +81,14 @@ class Step(NamedTuple):
         """Whether a device's part of a row is less than a TPU's tile is wide."""
         width = self.config.embed // (self.layout.fsdp * self.layout.ep)
         return self.compiler == "google" and self.gathers and width < TILE[1]
+
+
+@functools.lru_cache(maxsize=16384)
+def _stage(
+    config: ModelConfig, tp: int, ep: int, sequence_parallel: bool, stages: int, pieces: int
+) -> tuple[tuple[Layer, ...], int]:
+    """The kinds of layers, and how many of all kinds the fullest stage has."""
+    return liveness.layers(config, tp, ep, sequence_parallel), stage_layers(config, stages, pieces)
 
 
 class Weights(NamedTuple):

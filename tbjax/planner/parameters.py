@@ -204,6 +204,17 @@ def _ways(tensor: Tensor, sizes: dict[str, int], cut: bool) -> list[tuple[str, .
     return result
 
 
+@functools.lru_cache(maxsize=4096)
+def stage_layers(config: ModelConfig, stages: int, pieces: int = 1) -> int:
+    """Layers of the fullest stage of a pipeline, `pieces` of the model on each: all pieces as long as the longest.
+
+    A piece has whole repeats of the model's pattern, as `tbjax.cut` has it.
+    """
+    if stages == 1:
+        return config.layers
+    return sum(-(-group.repeats // (stages * pieces)) * len(group.pattern) * pieces for group in config.groups)
+
+
 def elements_per_device(config: ModelConfig, layout: Layout, *, cut: bool | None = None) -> int:
     """Parameters that one device holds, the most of any pipeline stage."""
     return sum(shard.local for shard in shards(config, layout, cut=cut))

@@ -14,7 +14,7 @@ from tbjax.mesh import AXES
 from tbjax.planner import traffic
 from tbjax.planner.hardware import Cluster
 from tbjax.planner.network import Fabric, Group, Sizes, group
-from tbjax.planner.parameters import Shard, shards
+from tbjax.planner.parameters import Shard, shards, stage_layers
 from tbjax.planner.stack import Stack, sustained
 from tbjax.planner.traffic import Message
 from tbjax.planner.work import ENDS_KERNELS, Cut, Matmul, Work, forward, head, layer
@@ -116,6 +116,7 @@ class Prices:
         remember = functools.lru_cache(maxsize=8192)
         self.group = remember(self._group)
         self.layer = remember(self._layer)
+        self.layers = remember(functools.partial(stage_layers, config))
         self.served = remember(self._served)
         self.ends = remember(self._ends)
         self.talk = remember(self._talk)

@@ -169,15 +169,17 @@ class _Descent:
                 yield from self._schedule(_varied(layout, remat=remat, microbatches=count))
 
     def _schedule(self, begun: Layout) -> Iterator[_Node]:
-        offloads = self.space.offloads() if self.saving else self.space.offloads()[:1]
+        offloads = self.space.offloads(begun, begun.remat)
+        offloads = offloads if self.saving else offloads[:1]
         for schedule, chunks in self.space.schedules(begun, begun.microbatches):
             for offload in offloads:
                 yield self._whole(_varied(begun, schedule=schedule, chunks=chunks, offload=offload))
 
     def _offload(self, whole: Layout) -> Iterator[_Node]:
         """What may fit in place of a layout that does not. Nobody offloads what has room."""
-        if not self.saving and whole.offload == self.space.offloads()[0]:
-            for offload in self.space.offloads()[1:]:
+        first, *others = self.space.offloads(whole, whole.remat)
+        if not self.saving and whole.offload == first:
+            for offload in others:
                 yield self._whole(_varied(whole, offload=offload))
 
     def _begun(self, layout: Layout, remats: tuple[Remat, ...], counts: tuple[int, ...]) -> _Node:
@@ -204,9 +206,9 @@ class _Descent:
 
     def _least_memories(self, layout: Layout, remats: tuple[Remat, ...], counts: tuple[int, ...]) -> Iterator[int]:
         """Of which the least is that of `_least_memory`."""
-        everything = self.space.offloads()[-1]
         # Of a stage with few layers its input and those of its layers, once, may be more than the layers' in flight.
         for remat in remats[-2:] if remats[-1] == "stage" else remats[-1:]:
+            everything = self.space.offloads(layout, remat)[-1]
             for count in {counts[0], counts[-1]}:
                 yield self._memory(self._plainest(layout, remat, count, everything)).total
 
@@ -273,7 +275,7 @@ class _Descent:
             room = f"{gib(hardware.host_memory_per_device)} of the host's memory that a device may take"
             return f"needs {gib(lacking)} more than the {room}"
         device = f"{gib(hardware.memory)} device, {gib(hardware.usable)} of it usable, can hold"
-        means = [("recomputed", self.space.remats(layout)), ("offloaded", self.space.offloads())]
+        means = [("recomputed", self.space.remats(layout)), ("offloaded", self.space.offloads(layout, layout.remat))]
         used = " and ".join(word for word, choices in means if len(choices) > 1)
         return f"needs {gib(lacking)} more than the {device}" + (f", however much is {used}" if used else "")
 

@@ -19,7 +19,7 @@ from tbjax.pipeline.grid import lay_out
 from tbjax.pipeline.schedule import named
 from tbjax.planner.compilers import Compiler
 from tbjax.planner.hlo import Collective, collective
-from tbjax.planner.parameters import shards
+from tbjax.planner.parameters import shards, stage_layers
 from tbjax.planner.workload import Layout, Remat, Workload
 
 TP, CP, EP, PP = ("tp",), ("cp",), ("ep",), ("pp",)
@@ -221,7 +221,7 @@ def step(config: ModelConfig, workload: Workload, layout: Layout, compiler: Comp
     keeps a part.
     """
     plain = compiler == "cpu"
-    m, layers = layout.microbatches, -(-config.layers // layout.pp)
+    m, layers = layout.microbatches, stage_layers(config, layout.pp, layout.pieces)
     sizes: dict[str, Any] = dict(layout.mesh)
     rows, sequence, size = layout.rows(workload), workload.seq_len, workload.compute_bytes
     parallel, cut = layout.sequence_parallel, layout.strategy.cuts_parameters

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import get_args
 
 import jax
 import pytest
@@ -10,12 +11,18 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType
 
 from tbjax.config import LayerKind, ModelConfig, MoE
+from tbjax.cut import cut
 from tbjax.mesh import AXES
 from tbjax.model import Decoder
+from tbjax.pipeline.schedule import named
 from tbjax.planner.hardware import cluster
 from tbjax.planner.legal import Space, divisors, fast_domain, ordered_factorizations
-from tbjax.planner.workload import Workload
+from tbjax.planner.parameters import stage_layers
+from tbjax.planner.workload import Optimizer, Workload
+from tbjax.remat import Remat
 from tbjax.sharding import Sharding
+from tbjax.training.optimizer import make_optimizer
+from tbjax.training.update import check_offload
 
 
 def model(**changes):
@@ -28,8 +35,13 @@ def sparse(experts):
     return model(moe=moe, layer_kinds=(LayerKind(sparse=True),) * 4)
 
 
-def space(config, spec, batch=16, length=128, **fixed):
-    return Space(config, Workload(global_batch=batch, seq_len=length), cluster(spec), fixed)
+def alternating(layers):
+    """Layers of two kinds in turn, as in Gemma 2; where their number is odd, the last follows another pattern."""
+    return model(layer_kinds=tuple(LayerKind(window=None if i % 2 else 16) for i in range(layers)))
+
+
+def space(config, spec, batch=16, length=128, optimizer: Optimizer = "adamw", **fixed):
+    return Space(config, Workload(global_batch=batch, seq_len=length, optimizer=optimizer), cluster(spec), fixed)
 
 
 def reasons(meshes):
@@ -111,6 +123,29 @@ def test_factorizations_are_counted_as_they_are_listed(number, parts):
         (model(mlp=90), "h100:4", 4, {}, "an MLP 90 wide cannot be cut evenly over tp=4"),
         (model(embed=36), "h100:8", 8, {}, "an embedding 36 wide cannot be cut evenly over fsdp=8"),
         (model(), "h100:8", 8, {}, "4 layers < pp 8: a stage would have none"),
+        (alternating(6), "h100:8", 8, {}, "3 repeats of 2 layers < pp 4: a stage would have none"),
+        (
+            alternating(5),
+            "h100:2",
+            8,
+            {},
+            "pp=2: the 5 layers follow no single pattern, but 2 one after the other, and a pipeline cuts one stack of "
+            "repeats",
+        ),
+        (
+            alternating(6),
+            "h100:2",
+            8,
+            {"schedule": "interleaved", "chunks": 3},
+            "schedule='interleaved' and chunks=3 does not share 3 repeats of 2 layers out evenly over pp=2",
+        ),
+        (
+            model(),
+            "h100:2",
+            8,
+            {"offload": ("activations",)},
+            "pp=2: activations are not offloaded from the stages of a pipeline",
+        ),
         (model(), "h100:8", 12, {}, "a batch of 12 sequences does not divide over dp=8"),
         (model(), "v5p:4x4x12", 192, {}, "a sequence of 128 does not divide into the 6 chunks of cp=3"),
         (sparse(6), "h100:4", 4, {}, "6 experts cannot be cut evenly over ep=4"),
@@ -150,7 +185,9 @@ def only_mesh(found, **sizes):
 def test_settings_are_all_combined():
     found = space(model(), "h100:2", batch=4)
     layouts = list(found.layouts(only_mesh(found, fsdp=2)))
-    assert len(layouts) == len(set(layouts)) == 3 * 3 * 2 * 4  # strategies, remats, microbatches 1 and 2, offloads
+    assert (
+        len(layouts) == len(set(layouts)) == 3 * 2 * (2 + 4 + 4)
+    )  # strategies, microbatches 1 and 2, offloads by remat
 
 
 def test_a_pipeline_is_filled_before_a_schedule_better_than_1f1b_is_considered():
@@ -159,6 +196,44 @@ def test_a_pipeline_is_filled_before_a_schedule_better_than_1f1b_is_considered()
     assert found.schedules(mesh, 2) == (("1f1b", 1),)
     assert found.schedules(mesh, 4) == (("1f1b", 1), ("zb-h1", 1), ("interleaved", 2))
     assert {name for name, _ in found.schedules(mesh, 8)} == {"1f1b", "zb-h1", "zb-h2", "zb-v", "interleaved"}
+
+
+@pytest.mark.parametrize("config", [model(layer_kinds=(LayerKind(),) * 12), alternating(12), alternating(14)])
+def test_a_pipeline_can_be_cut_for_every_schedule(config):
+    (group,) = config.groups
+    found = space(config, "h100:8", batch=64)
+    for mesh in found.meshes()[0]:
+        if mesh.pp == 1:
+            continue
+        for schedule, chunks in found.schedules(mesh, 64):
+            by = named(schedule, chunks)
+            assert cut(group.repeats, mesh.pp, by).rows * len(group.pattern) == stage_layers(config, mesh.pp, by.chunks)
+
+
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+def test_what_is_offloaded_is_what_a_step_takes(optimizer):
+    decoder = jax.eval_shape(lambda: Decoder(model(), Sharding(AbstractMesh((1,) * 6, AXES))))
+    rule = make_optimizer(optimizer, decoder)
+
+    def taken(pp, remat, offload):
+        try:
+            check_offload(offload, rule)
+            if "activations" in offload:  # a pipeline's stages take the policies that are one word
+                return Remat.parse(remat).offloading().word is not None or pp == 1
+        except ValueError:
+            return False
+        return True
+
+    found = space(model(), "h100:2", batch=4, optimizer=optimizer)
+    for mesh in found.meshes()[0]:
+        for remat in found.remats(mesh):
+            every = ((), ("optimizer",), ("activations",), ("optimizer", "activations"))
+            assert found.offloads(mesh, remat) == tuple(each for each in every if taken(mesh.pp, remat, each))
+
+
+def test_offloaded_activations_have_a_name():
+    found = space(model(), "h100:2", offload=("activations",))
+    assert {layout.remat for mesh in found.meshes()[0] for layout in found.layouts(mesh)} == {"dots", "full"}
 
 
 def test_gpipe_is_considered_where_it_is_asked_for():
@@ -198,6 +273,9 @@ def test_what_is_fixed_is_not_varied():
         ({"remat": "some"}, ["'some'", "'dots'"]),
         ({"strategy": "ZERO"}, ["'ZERO'", "FULL_SHARD"]),
         ({"offload": ("weights",)}, ["'weights'", "'optimizer'"]),
+        ({"offload": ("activations",), "remat": "none"}, ["'none' keeps too much to name", "'dots'"]),
+        ({"offload": ("activations",), "remat": "stage"}, ["'stage' is for pipelines", "'full'"]),
+        ({"offload": ("optimizer",), "optimizer": "adafactor"}, ["layer by layer", "adafactor", "adamw"]),
         ({"colour": 3}, ["colour", "microbatches"]),
     ],
 )

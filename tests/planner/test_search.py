@@ -37,11 +37,11 @@ def every_mesh(config, workload, where):
         if math.prod(mesh) != where.devices:
             continue
         pp, dp, fsdp, ep, cp, tp = mesh
-        if ep > 1 and config.moe is None:
+        if (ep > 1 and config.moe is None) or (pp > 1 and (len(config.groups) > 1 or pp > config.groups[0].repeats)):
             continue
         sequence = workload.prompt_len
         chunks = 2 * cp if cp > 1 else 1
-        if workload.global_batch % (dp * fsdp * ep) or sequence % chunks or pp > config.layers or domain % tp:
+        if workload.global_batch % (dp * fsdp * ep) or sequence % chunks or domain % tp:
             continue
         sharding = Sharding(AbstractMesh((1, *mesh[1:]), AXES, axis_types=(AxisType.Auto,) * 6))
         try:
@@ -55,14 +55,15 @@ def every_mesh(config, workload, where):
 def every_schedule(config, pp, microbatches):
     if pp == 1:
         return [("1f1b", 1)]
+    repeats = config.groups[0].repeats
     found = [("1f1b", 1), ("gpipe", 1)]
     if microbatches >= pp:
         found.append(("zb-h1", 1))
     if microbatches >= 2 * pp - 1:
         found.append(("zb-h2", 1))
-        found += [("zb-v", 1)] if config.layers % (2 * pp) == 0 else []
-    if microbatches % pp == 0 and config.layers % pp == 0:
-        found += [("interleaved", v) for v in range(2, config.layers // pp + 1) if config.layers // pp % v == 0]
+        found += [("zb-v", 1)] if repeats % (2 * pp) == 0 else []
+    if microbatches % pp == 0 and repeats % pp == 0:
+        found += [("interleaved", v) for v in range(2, repeats // pp + 1) if repeats // pp % v == 0]
     return found
 
 
@@ -83,6 +84,8 @@ def every_layout(config, workload, where):
             ("none", "dots", "full", "stage") if mesh["pp"] > 1 else ("none", "dots", "full"),
             ((), ("optimizer",), ("activations",), ("optimizer", "activations")),
         ):
+            if "activations" in offload and (mesh["pp"] > 1 or remat == "none"):
+                continue
             for schedule, chunks in every_schedule(config, mesh["pp"], m):
                 yield Layout(
                     **mesh,

@@ -43,6 +43,16 @@ def train(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or a run's checkpoint.")],
     data: Annotated[str, typer.Option(help="A file, folder or pattern of text, JSONL, Parquet, Arrow; or a hub name.")],
     eval_data: Annotated[str | None, typer.Option(help="The same, to evaluate on.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of a data set with several, as those on the hub: the one to learn from.")
+    ] = None,
+    eval_split: Annotated[str | None, typer.Option(help="And of the evaluation data.")] = None,
+    field: Annotated[
+        str | None, typer.Option(show_default="the usual ones", help="The field of each record that holds its text.")
+    ] = None,
+    messages: Annotated[
+        str | None, typer.Option(help="Instead: the field that holds a conversation, a list of roles and contents.")
+    ] = None,
     hold_out: Annotated[
         float | None, typer.Option(min=0, max=1, help="Evaluate on this part of the data's documents instead.")
     ] = None,
@@ -159,6 +169,10 @@ def train(
     }
     if eval_data is not None and hold_out is not None:
         raise typer.BadParameter("--eval-data and --hold-out: one of them says what to evaluate on.")
+    if eval_split is not None and eval_data is None:
+        raise typer.BadParameter("--eval-split is of --eval-data.")
+    if field is not None and messages is not None:
+        raise typer.BadParameter("--field and --messages: one of them says what is learned.")
     if eval_every is not None and eval_data is None and hold_out is None:
         raise typer.BadParameter("--eval-every needs --eval-data or --hold-out.")
     shape = parse_mesh(mesh)
@@ -178,11 +192,13 @@ def train(
             "seq_len": settings.seq_len or min(SEQ_LEN, loaded.config.max_positions),
             "seed": settings.seed or 0,
         }
-        learned, held = datasets.load(data, loaded.tokenizer, **made), None
+        parts = {"field": field, "messages": messages}
+        learned, held = datasets.load(data, loaded.tokenizer, **made, **_asked(data, split=split, **parts)), None
         if hold_out is not None:
             learned, held = learned.hold_out(hold_out)
         elif eval_data is not None:
-            held = datasets.load(eval_data, loaded.tokenizer, **made)
+            asked = _asked(eval_data, split=eval_split, **parts)
+            held = datasets.load(eval_data, loaded.tokenizer, **made, **asked)
         result = run(
             loaded,
             learned,
@@ -199,6 +215,21 @@ def train(
     if result.end != "finished":
         number = signal.Signals[result.end] if result.end in signal.Signals.__members__ else signal.SIGTERM
         raise typer.Exit(128 + number)
+
+
+def _asked(data: str, **parts: str | None) -> dict[str, Any]:
+    """The options that say which part of `data` is meant; what has no such parts is refused."""
+    from tbjax.training.data.constructors import kind_of
+
+    asked = {name: part for name, part in parts.items() if part is not None}
+    if not asked:
+        return {}
+    kind = kind_of(data)
+    has = {"tokens": (), "text": (), "hugging_face": ("split", "field", "messages")}.get(kind, ("field", "messages"))
+    for name, part in asked.items():
+        if name not in has:
+            raise ValueError(f"{name} {part!r} was asked for, but {data} is {kind}, which has none: leave it out.")
+    return asked
 
 
 def _settings(file: Path | None, given: dict[str, Any]) -> "TrainConfig":

@@ -67,9 +67,18 @@ def test_a_run_from_the_command_line(place, tmp_path):
     assert json.loads(again.stdout)["step"] == 6  # it had them already
 
 
+def test_the_part_of_the_data_that_is_meant_is_the_datas_options(place):
+    hub = command._asked("wikitext", split="train", field="text", messages=None)
+    assert hub == {"split": "train", "field": "text"}
+    assert command._asked(str(place / "data.jsonl"), split=None, field=None, messages="turns") == {"messages": "turns"}
+    assert command._asked("nowhere", split=None, field=None, messages=None) == {}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--data", "{place}/data.jsonl", "--steps", "2", "--split", "train"], ["split 'train'", "jsonl"]),
+        (["--data", "{place}/data.jsonl", "--steps", "2", "--field", "body"], ["body"]),
         (["--data", "nowhere.jsonl", "--steps", "2"], ["nowhere.jsonl"]),
         (["--data", "{place}/data.jsonl"], ["how many steps?", "--steps"]),
         (["--data", "{place}/data.jsonl", "--steps", "2", "--warmup", "2"], ["warmup=2", "steps=2"]),
@@ -94,6 +103,8 @@ def test_what_goes_wrong_is_one_paragraph(place, arguments, words):
         ["model", "--data", "a.txt", "--steps", "1", "--mesh", "4"],
         ["model", "--data", "a.txt", "--steps", "1", "--eval-every", "1"],
         ["model", "--data", "a.txt", "--steps", "1", "--eval-data", "b.txt", "--hold-out", "0.1"],
+        ["model", "--data", "a.txt", "--steps", "1", "--eval-split", "test"],
+        ["model", "--data", "a.txt", "--steps", "1", "--field", "text", "--messages", "turns"],
     ],
 )
 def test_what_is_not_understood_is_a_usage_error(arguments):

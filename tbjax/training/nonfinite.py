@@ -7,11 +7,13 @@ costs anything until it is needed.
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tbjax.layers import context
 from tbjax.model import Decoder
@@ -65,17 +67,20 @@ def find_nonfinite(
     all in one place: what it spoils shows in the gradients.
     """
     model, (_, dtype) = state.model, dtypes(precision)
-    unsound = jax.jit(lambda model: _unsound(model, as_dict(model)))(model)
+    # What the host reads lies whole in every process.
+    everywhere = NamedSharding(model.sharding.mesh, PartitionSpec())
+    unsound = jax.jit(lambda model: _unsound(model, as_dict(model)), out_shardings=everywhere)(model)
     for leaf in leaves(model):
         if (rows := np.flatnonzero(unsound[leaf.path])).size:
             return Nonfinite(where="parameter", layer=_layer(model, leaf, rows[0]), path=leaf.path)
     if model.sharding.size("pp") == 1:
-        sound = np.concatenate(jax.device_get(jax.jit(_sound_layers, static_argnums=2)(model, batch, dtype)))
+        layers = jax.jit(lambda model, batch: _sound_layers(model, batch, dtype), out_shardings=everywhere)
+        sound = np.concatenate(jax.device_get(layers(model, batch)))
         if not sound.all():
             first = int(np.argmin(sound))
             return Nonfinite(where="forward", layer=first - 1 if first else None)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=everywhere)
     def backward(state: TrainState, batch: Batch) -> Any:
         loss, gradients, _ = gradients_of(
             state.model,

@@ -25,10 +25,17 @@ class Profile:
         self.first = step + SETTLING + 1
         self.last = self.first + config.profile_steps - 1
         self.running = False
-        if self.folder is not None and self.last > config.steps:
+        if self.folder is None or self.last <= config.steps:
+            return
+        if step == 0:
             raise ValueError(
                 f"profile_steps={config.profile_steps} from step {self.first} on go beyond steps={config.steps}."
             )
+        # A run that goes on has what is left to it; that is no reason to refuse the rest.
+        self.last = config.steps
+        if self.first > self.last:
+            log.info("nothing is traced: too few of %d steps are left after step %d", config.steps, step)
+            self.folder = None
 
     def before(self, step: int, state: TrainState) -> None:
         """Step `step` is about to be dispatched, from `state`."""

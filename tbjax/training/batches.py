@@ -112,6 +112,14 @@ def share_of_rows(sharding: Sharding) -> tuple[int, int]:
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 
+def own_share(data: Any, sharding: Sharding) -> Any:
+    """The data of this process: where tp or pp crosses processes, several have the same."""
+    share = share_of_rows(sharding)
+    if hasattr(data, "share") and share != (jax.process_index(), jax.process_count()):
+        return data.share(*share)
+    return data
+
+
 def to_devices(batch: Batch, rows: int, sharding: Sharding) -> Batch:
     """This process's rows of a batch of `rows`, as arrays over all devices."""
 

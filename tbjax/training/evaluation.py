@@ -5,6 +5,7 @@ at the end. The routers' auxiliary loss is left out: it is of training alone, an
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from tbjax.model import Decoder
-from tbjax.training.batches import Feed
+from tbjax.training.batches import Feed, own_share
 from tbjax.training.loss import cross_entropy
 from tbjax.training.step import DTYPES, Batch, Precision
 
@@ -39,11 +40,16 @@ class Evaluation(NamedTuple):
 def evaluate(
     model: Decoder, data: Iterable[Any], *, precision: Precision = "mixed", batches: int | None = None
 ) -> Evaluation:
-    """The mean loss of `model` over `data`, or over its first `batches`."""
+    """The mean loss of `model` over `data`, or over its first `batches`.
+
+    A dataset of `tbjax.training.data` has no end; of it, all rows are taken once, in the same order every time.
+    """
+    given = own_share(data, model.sharding)
+    if hasattr(given, "evaluation"):
+        given = given.evaluation(batches)
+    feed = Feed(given, model.sharding, model.config.vocab_size, "the evaluation data")
     loss, targets, before = 0.0, 0, None
-    for number, batch in enumerate(Feed(data, model.sharding, model.config.vocab_size, "the evaluation data")):
-        if number == batches:
-            break
+    for batch in itertools.islice(feed, batches):
         found = summed_loss(model, batch, precision)
         # One batch behind, as in training: the next is under way before this one's figures are waited for.
         if before is not None:

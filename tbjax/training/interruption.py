@@ -4,17 +4,21 @@ Within the block the first signal only raises a flag, which the loop looks at be
 be saved. A second Ctrl-C interrupts at once.
 
 A run over several processes must stop at one step in all of them, or those that go on wait forever. The processes
-therefore agree: `agreed` is a collective that every one of them calls after the same steps.
+therefore agree: `agreed` is a collective that every one of them calls after each step. None waits for it: it is one
+flag of each device, summed behind the step that is under way, and what came of it is read a step later, when it is
+there. So a signal ends the run after the two steps that follow at most, however long they take.
 """
 
+import functools
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 class Interruption:
@@ -26,6 +30,7 @@ class Interruption:
     def __init__(self) -> None:
         self.cause: str | None = None  # the signal's name
         self._before: dict[signal.Signals, Any] = {}
+        self._asked: jax.Array | None = None  # what came of the last question, as soon as it is there
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -38,13 +43,17 @@ class Interruption:
         self._restore()
 
     def agreed(self) -> bool:
-        """Whether any process has been interrupted. All processes must ask, after the same step."""
+        """Whether this process has been interrupted; of several, whether any had been when they asked the last time.
+
+        All processes must ask, after the same steps.
+        """
         if jax.process_count() == 1:
             return self.cause is not None
-        flags = multihost_utils.process_allgather(np.int32(self.cause is not None))
-        if np.any(flags) and self.cause is None:
-            self.cause = "a signal to another process"
-        return bool(np.any(flags))
+        before, self._asked = self._asked, _any_process(self.cause is not None)
+        if before is None or not bool(before):
+            return False
+        self.cause = self.cause or "a signal to another process"
+        return True
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.cause = signal.Signals(number).name
@@ -55,3 +64,17 @@ class Interruption:
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def _any_process(flag: bool) -> jax.Array:
+    """Whether the flag of any process is up, as a value that is still being computed."""
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    flags = jax.make_array_from_process_local_data(
+        NamedSharding(mesh, PartitionSpec("all")), np.full(jax.local_device_count(), flag), (jax.device_count(),)
+    )
+    return _any(flags, NamedSharding(mesh, PartitionSpec()))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _any(flags: jax.Array, everywhere: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.any(flags), everywhere)

@@ -16,7 +16,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -26,8 +26,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from tbjax.model import Decoder
 from tbjax.planner.plan import Plan
+from tbjax.remat import Remat
 from tbjax.sharding import leaves
-from tbjax.training.batches import Feed, share_of_rows
+from tbjax.training.batches import Feed, own_share
 from tbjax.training.config import TrainConfig
 from tbjax.training.evaluation import Evaluation, evaluate
 from tbjax.training.interruption import Interruption
@@ -83,11 +84,12 @@ def train(
 
     `data` is a dataset of `tbjax.training.data`, or any iterable of batches: each process's rows, as `Batch`es of numpy
     arrays or dicts of their fields. `eval_data` is gone through every `config.eval_every` steps and at the end; it must
-    end, or `config.eval_batches` must say when.
+    end, or `config.eval_batches` must say when, and be one that can be gone through again.
 
     With a `checkpoint_dir` the run is saved every `config.save_every` steps and at its end, also when Ctrl-C or SIGTERM
     ends it, and goes on from the newest checkpoint there unless `resume` is False. Data that has `state()` and
-    `restore()` goes on where it stood; of any other the batches that were used are passed over.
+    `restore()` goes on where it stood; of any other the batches that were used are passed over. A run that diverges is
+    saved as the step before left it.
 
     `log_file` gets a JSON object a line, `tensorboard` is a folder for event files. A progress line shows on terminals
     alone.
@@ -127,19 +129,21 @@ def _sinks(
 def make_train_step(
     model: Decoder,
     plan: Plan | None = None,
-    optimizer: optax.GradientTransformation | Name = "adamw",
+    optimizer: optax.GradientTransformation | Name | None = None,
     **options: Any,
 ) -> jax.stages.Wrapped:
     """One jitted function (state, batch) -> (state, metrics) for a loop of your own; it takes the state's memory.
 
-    Precision, rematerialisation, microbatches and the pipeline's schedule are the plan's (default: the one that the
-    model was laid out by, if any); `options` are those of `tbjax.training.make_step`, and come before it. The first
-    state is `tbjax.training.init_state(model, optimizer)`.
+    Precision, rematerialisation, microbatches, the pipeline's schedule and, where none is given, the optimizer are the
+    plan's (default: the one that the model was laid out by, if any); `options` are those of
+    `tbjax.training.make_step`, and come before it. The first state is `tbjax.training.init_state(model, optimizer)`,
+    which has to be told the same precision, offloading and the like where they are not the usual.
     """
     config = TrainConfig(steps=1, on_nonfinite="keep").with_plan(
         plan or getattr(model, "plan", None), getattr(model, "training_defaults", None)
     )
-    rule = make_optimizer(optimizer, model) if isinstance(optimizer, str) else optimizer
+    chosen = optimizer or config.optimizer
+    rule = make_optimizer(cast(Name, chosen), model) if isinstance(chosen, str) else chosen
     return make_step(rule, **config.step_options(model) | options)
 
 
@@ -149,6 +153,7 @@ class _Flight(NamedTuple):
     step: int
     metrics: Metrics
     batch: Batch
+    data_before: Any  # where the data stood before the batch was taken
     ended: float | None  # when; None where it had not when it was dispatched
 
 
@@ -171,11 +176,16 @@ class _Run:
             raise ValueError(f"save_every={config.save_every}, but there is no checkpoint_dir.")
         self.model, self.config = model, config
         self.precision: Precision = config.precision or "mixed"
-        self.data, self.eval_data = _share(data, model), _share(eval_data, model)
-        if hasattr(self.eval_data, "evaluation"):
-            # A dataset repeats itself; its evaluation ends, and is the same every time.
-            self.eval_data = self.eval_data.evaluation(config.eval_batches)
+        if isinstance(eval_data, Iterator) and config.eval_every is not None and config.eval_every < config.steps:
+            raise ValueError(
+                f"eval_data is a {type(eval_data).__name__}, which can be gone through once, and "
+                f"eval_every={config.eval_every} is more often than that: give a list, or a dataset."
+            )
         self.sharding = model.sharding
+        self.data, self.eval_data = own_share(data, self.sharding), own_share(eval_data, self.sharding)
+        drawn = getattr(data, "seed", None)
+        if isinstance(drawn, int) and config.seed not in (None, drawn):
+            raise ValueError(f"TrainConfig.seed={config.seed}, but the data's is {drawn}: give both the same.")
         self.step, self.losses, self.records, self.evaluations = 0, [], [], {}
         self.saver = None if checkpoint_dir is None else Saver(checkpoint_dir, keep=config.keep)
         going_on = self.saver is not None and self.saver.latest is not None
@@ -186,30 +196,44 @@ class _Run:
             )
         with_dtype(model, DTYPES[self.precision][0])
         optimizer = config.make_optimizer(model)
-        self.state = init_state(model, optimizer, **config.state_options)
-        passed = 0
-        if going_on and self.saver is not None:
-            like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self.state)
-            self.saver.check(like)
-            for array in jax.tree.leaves(self.state):
-                array.delete()  # room for what comes from the disk
-            found = self.saver.restore(like)
-            self.state, self.step = found.state, found.step
-            if hasattr(self.data, "restore") and found.data is not None:
-                self.data.restore(found.data)
-            else:
-                passed = found.step
-            log.info("going on from step %d of %s", self.step, self.saver.folder)
-        self.feed = Feed(self.data, self.sharding, model.config.vocab_size)
-        self.feed.skip(passed)
-        self.data_state = self._data_state()
         self.run_step = make_step(optimizer, **config.step_options(model))
         self.pace, self.flight = Pace(), None
-        self.first, self.tokens, self.skipped = self.step, 0, 0
         self.devices = list(cast(Mesh, self.sharding.mesh).devices.flat)
         self.peak = peak_flops(self.devices, self.precision)
+        self.tokens, self.skipped, self.diagnosed = 0, 0, False
         # Since the last record: losses weighed by targets, and targets.
         self.summed, self.targets = 0.0, 0
+        self.state = init_state(model, optimizer, **config.state_options)
+        if going_on and self.saver is not None:
+            self._go_on(self.saver)
+        else:
+            self.feed = Feed(self.data, self.sharding, model.config.vocab_size)
+        self.first, self.data_state = self.step, self._data_state()
+
+    def _go_on(self, saver: Saver) -> None:
+        """From the newest checkpoint. The model's weights are touched last, when nothing is left to be refused."""
+        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self.state)
+        saver.check(like)
+        self.step, data = saver.progress()
+        placed = hasattr(self.data, "restore") and data is not None
+        if placed:
+            self.data.restore(data)
+        self.feed = Feed(self.data, self.sharding, self.model.config.vocab_size)
+        try:
+            self.feed.skip(0 if placed else self.step)
+        except StopIteration:
+            raise DataEnded(
+                f"the data ended before step {self.step}, from which the run in {saver.folder} is to go on: give all "
+                "that it had, and more."
+            ) from None
+        for array in jax.tree.leaves(self.state):
+            array.delete()  # room for what comes from the disk
+        try:
+            self.state = saver.restore(like)
+        except BaseException as error:
+            error.add_note("The model's weights were given up for those on the disk: load the model again.")
+            raise
+        log.info("going on from step %d of %s", self.step, saver.folder)
 
     def steps(self, logs: Logs, interruption: Interruption, on_record: Callable[[Record], None] | None) -> End:
         """All steps that are left. `self.step` is the last one that was dispatched."""
@@ -217,6 +241,7 @@ class _Run:
         profile = Profile(config, self.step)
         with contextlib.closing(profile):
             while self.step < config.steps:
+                data_before = self.data_state
                 try:
                     batch = self._batch()
                 except StopIteration:
@@ -232,23 +257,23 @@ class _Run:
                 ended = time.perf_counter() if metrics.loss.is_ready() else None
                 self.step += 1
                 self._land(logs, on_record)
-                self.flight = _Flight(self.step, metrics, batch, ended)
+                self.flight = _Flight(self.step, metrics, batch, data_before, ended)
                 pause = _due(config.save_every, self.step) or _due(config.eval_every, self.step)
-                # Processes agree only now and then: it makes them wait for one another.
-                if (jax.process_count() == 1 or self.step % config.log_every == 0) and interruption.agreed():
+                if interruption.agreed():
                     end = interruption.cause or end
                     break
                 if pause and self.step < config.steps:
                     self._land(logs, on_record)
-                    if _due(config.eval_every, self.step):
-                        self._evaluate(logs)
+                    # Saved first: what fails in an evaluation must not cost the steps before it.
                     if _due(config.save_every, self.step):
                         self._save()
+                    if _due(config.eval_every, self.step):
+                        self._evaluate(logs)
                     self.pace.pause_ended()
             self._land(logs, on_record)
+        self._save()
         if self.eval_data is not None and end == FINISHED and self.step not in self.evaluations:
             self._evaluate(logs)
-        self._save()
         return end
 
     def close(self) -> None:
@@ -318,16 +343,33 @@ class _Run:
 
     def _not_finite(self, flight: _Flight) -> None:
         """Say which step it was and where it began; raise if that is to end the run."""
+        what = f"step {flight.step}: loss {flight.metrics.loss:.4g}, gradient norm {flight.metrics.gradient_norm:.4g}."
+        if self.config.on_nonfinite == "skip":
+            # Looking for the place compiles everything anew: of many such steps the first must do.
+            where = "" if self.diagnosed else f" {self._place(flight)}"
+            log.warning("%s%s The step was skipped.", what, where)
+            self.diagnosed = True
+            return
+        # What came after it has changed nothing.
+        self.step, self.data_state = flight.step - 1, flight.data_before
+        if self.step:
+            self._save()
+        raise Diverged(
+            f"{what} {self._place(flight)} The model is as step {self.step} left it; on_nonfinite='skip' would go on."
+        )
+
+    def _place(self, flight: _Flight) -> str:
+        """Where a step stopped being finite, in a sentence."""
         options = self.config.step_options(self.model)
         needed = {name: options[name] for name in ("precision", "remat", "microbatches", "schedule")}
-        place = find_nonfinite(self.state, flight.batch, **needed)
-        what = f"step {flight.step}: loss {flight.metrics.loss:.4g}, gradient norm {flight.metrics.gradient_norm:.4g}"
-        where = str(place) if place else "Computed again, all of it is finite: the weights have moved since."
-        if self.config.on_nonfinite == "skip":
-            log.warning("%s. %s The step was skipped.", what, where)
-            return
-        self.step = flight.step - 1  # what came after it has changed nothing
-        raise Diverged(f"{what}. {where} The model is as step {self.step} left it; on_nonfinite='skip' would go on.")
+        try:
+            if "activations" in options["offload"]:
+                needed["remat"] = Remat.parse(needed["remat"]).offloading()
+            place = find_nonfinite(self.state, flight.batch, **needed)
+        except (RuntimeError, ValueError, TypeError) as error:  # out of memory, say
+            log.warning("where step %d stopped being finite could not be found out: %s", flight.step, error)
+            return "Where it began could not be found out."
+        return str(place) if place else "Computed again, all of it is finite: the weights have moved since."
 
     def _evaluate(self, logs: Logs) -> None:
         if self.eval_data is None:
@@ -379,14 +421,6 @@ def on_devices(model: Decoder) -> Decoder:
         return jax.device_put(array, NamedSharding(where.mesh, where.spec))
 
     return jax.tree.map(bring, model)
-
-
-def _share(data: Any, model: Decoder) -> Any:
-    """The data of this process: where tp or pp crosses processes, several have the same."""
-    share = share_of_rows(model.sharding)
-    if hasattr(data, "share") and share != (jax.process_index(), jax.process_count()):
-        return data.share(*share)
-    return data
 
 
 def _due(every: int | None, step: int) -> bool:

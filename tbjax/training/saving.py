@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
@@ -32,10 +33,9 @@ from tbjax.training.step import TrainState
 FORMAT = 1
 
 
-class Resumed(NamedTuple):
-    """What a run goes on from."""
+class Progress(NamedTuple):
+    """Where a run stood."""
 
-    state: TrainState
     step: int
     data: Any  # where the data stood; None where it could not say
 
@@ -78,7 +78,16 @@ class Saver:
         )
         self._manager.save(step, args=items, force=True)
 
-    def restore(self, like: TrainState) -> Resumed:
+    def progress(self) -> Progress:
+        """Where the run stood at the newest step."""
+        step = self._require()
+        found: Any = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
+        if found.progress["format"] != FORMAT:
+            written = found.progress["format"]
+            raise ValueError(f"{self.folder / str(step)}: format {written!r} is not {FORMAT}: a newer tbjax wrote it.")
+        return Progress(step, found.progress["data"])
+
+    def restore(self, like: TrainState) -> TrainState:
         """The newest state, into the shapes, dtypes and places of `like`, which may be abstract."""
         step, model = self._require(), like.model
         parameters, beside = as_dict(model), _beside_the_model(like)
@@ -87,17 +96,14 @@ class Saver:
             args=ocp.args.Composite(
                 parameters=ocp.args.StandardRestore(_nested(_abstract(rows.in_order(parameters, model)))),
                 training=ocp.args.StandardRestore(_abstract(_in_order(beside, model))),
-                progress=ocp.args.JsonRestore(),
             ),
         )
-        if found.progress["format"] != FORMAT:
-            written = found.progress["format"]
-            raise ValueError(f"{self.folder / str(step)}: format {written!r} is not {FORMAT}: a newer tbjax wrote it.")
         arrays: Any = traverse_util.flatten_dict(found.parameters, sep=".")
         arrays = rows.on_stages(arrays, parameters, model)
         rest = _on_stages({name: found.training[name] for name in beside}, beside, model)
-        state = jax.tree.unflatten(jax.tree.structure(like._replace(model=None)), rest)
-        return Resumed(state._replace(model=with_parameters(model, arrays)), step, found.progress["data"])
+        state = jax.tree.unflatten(jax.tree.structure(like._replace(model=None, stopped=None)), rest)
+        stopped = None if like.stopped is None else jax.device_put(np.zeros((), bool), like.stopped.sharding)
+        return state._replace(model=with_parameters(model, arrays), stopped=stopped)
 
     def check(self, like: TrainState) -> None:
         """Raise, naming what differs, unless the newest state is of this model and this optimizer."""
@@ -140,9 +146,12 @@ class _Array(NamedTuple):
 
 
 def _beside_the_model(state: TrainState) -> dict[str, _Array]:
-    """Every array of the state that is not a parameter, by path."""
+    """Every array of the state that is not a parameter, by path.
+
+    Whether it has stopped is left out: a state that is saved has not, and a run may go on with another on_nonfinite.
+    """
     found, parameters = {}, as_dict(state.model)
-    for path, array in jax.tree_util.tree_flatten_with_path(state._replace(model=None))[0]:
+    for path, array in jax.tree_util.tree_flatten_with_path(state._replace(model=None, stopped=None))[0]:
         keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         parameter = next((key for key in keys if key in parameters), "")
         found[jax.tree_util.keystr(path, simple=True, separator=".")] = _Array(array, parameter)

@@ -17,7 +17,7 @@ from tbjax.training import loop as loops
 from tbjax.training.config import TrainConfig
 from tbjax.training.evaluation import evaluate
 from tbjax.training.loop import DataEnded, Diverged, make_train_step, train
-from tests import tiny
+from tests import processes, tiny
 
 ROWS, SEQUENCE = 8, 16
 MESH = (1, 2, 1)  # compiles in a fraction of the time that eight devices take
@@ -151,6 +151,14 @@ def test_another_run_is_not_gone_on_from(tmp_path):
     with pytest.raises(ValueError, match=r"holds another run: its .* Give the optimizer and the precision of that run"):
         train(other, Batches(), TrainConfig(**short | {"optimizer": "sgd"}), checkpoint_dir=tmp_path)
     assert same_bits(other, model())  # unharmed
+    # Nor with data that is not that run's, whose refusal leaves the model as it was.
+    with pytest.raises(DataEnded, match=r"ended before step 1, from which the run in .* is to go on"):
+        train(other, [], TrainConfig(**short), checkpoint_dir=tmp_path)
+    strange = Batches()
+    strange.restore = lambda state: state["elsewhere"]
+    with pytest.raises(KeyError):
+        train(other, strange, TrainConfig(**short), checkpoint_dir=tmp_path)
+    assert same_bits(other, model())
     with pytest.raises(ValueError, match="holds step 1 of a run, and resume=False"):
         train(other, Batches(), TrainConfig(**short), checkpoint_dir=tmp_path, resume=False)
 
@@ -171,6 +179,22 @@ def test_every_target_of_an_evaluation_weighs_the_same(whole):
     assert evaluate(whole.model, data, precision="float32", batches=1).targets == targets - 1
     with pytest.raises(ValueError, match="no targets"):
         evaluate(whole.model, [], precision="float32")
+    several = iter(data)
+    evaluate(whole.model, several, precision="float32", batches=1)
+    assert next(several) is data[1]  # no more was taken than was asked for
+
+
+def test_a_dataset_is_evaluated_once_though_it_has_no_end(whole):
+    from tbjax.training.data.corpus import Corpus, Shard
+    from tbjax.training.data.dataset import Dataset
+
+    lengths = np.full(20, SEQUENCE, np.int32)
+    ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, int(lengths.sum())).astype(np.uint16)
+    data = Dataset(Corpus([Shard("array", ids)], lengths, CONFIG.vocab_size), seq_len=SEQUENCE, batch_size=ROWS)
+    found = evaluate(whole.model, data, precision="float32")
+    assert found.targets == 20 * (SEQUENCE - 1)
+    assert found == evaluate(whole.model, data.evaluation(), precision="float32")
+    assert data.epoch == 0
 
 
 def test_evaluations_come_when_they_are_due_and_change_nothing(whole):
@@ -179,6 +203,19 @@ def test_evaluations_come_when_they_are_due_and_change_nothing(whole):
     assert list(done.evaluations) == [4, 8, 10]
     assert done.evaluations[10].loss < done.evaluations[4].loss
     assert done.losses == whole.losses
+
+
+def test_a_run_is_saved_before_it_is_evaluated(tmp_path):
+    config = TrainConfig(**BASE | {"steps": 2, "eval_every": 1, "save_every": 1})
+    with pytest.raises(ValueError, match="no targets"):
+        train(model(), Batches(), config, eval_data=[], checkpoint_dir=tmp_path / "first")
+    assert (tmp_path / "first" / "1" / "parameters").is_dir()
+    last = TrainConfig(**BASE | {"steps": 1})
+    with pytest.raises(ValueError, match="no targets"):
+        train(model(), Batches(), last, eval_data=[], checkpoint_dir=tmp_path / "last")
+    assert (tmp_path / "last" / "1" / "parameters").is_dir()
+    with pytest.raises(ValueError, match="eval_data is a list_iterator, which can be gone through once"):
+        train(model(), Batches(), TrainConfig(**BASE | {"eval_every": 1}), eval_data=iter([batch(20)]))
 
 
 def test_logs_are_lines_of_json_and_event_files(tmp_path):
@@ -282,37 +319,53 @@ def sound(batch):
 class Mixture:
     """Good batches, and a bad one."""
 
-    def __init__(self, bad):
+    def __init__(self, *bad):
         self.bad = bad
 
     def __iter__(self):
         for number in range(1, 100):
             good = sound(batch(number))
-            yield good if number != self.bad else good._replace(tokens=np.full_like(good.tokens, POISON))
+            yield good if number not in self.bad else good._replace(tokens=np.full_like(good.tokens, POISON))
 
 
 # Embeddings that are not learned, so that the bad row takes no part in the good steps' gradients.
 CAREFUL = BASE | {"steps": 4, "frozen": "embedding", "log_every": 1}
 
 
-def test_a_step_that_is_not_finite_ends_the_run_before_it_does_harm():
+def test_a_step_that_is_not_finite_ends_the_run_before_it_does_harm(tmp_path):
     stopped = poisoned()
     with pytest.raises(Diverged, match=r"step 3: loss nan") as raised:
-        train(stopped, Mixture(bad=3), TrainConfig(**CAREFUL))
+        train(stopped, Mixture(3), TrainConfig(**CAREFUL), checkpoint_dir=tmp_path)
     assert "the parameter embedding.weight was not finite already" in str(raised.value)
-    before = train(poisoned(), Mixture(bad=None), TrainConfig(**CAREFUL | {"steps": 2}))
+    before = train(poisoned(), Mixture(), TrainConfig(**CAREFUL | {"steps": 2}))
     assert same_bits(stopped, before.model)
+    # It goes on as the error advises, from the step before and with the same batch.
+    on = train(model(), Mixture(3), TrainConfig(**CAREFUL | {"on_nonfinite": "skip"}), checkpoint_dir=tmp_path)
+    assert (on.step, len(on.losses)) == (4, 2)
+    assert np.isnan(on.losses[0])
+    assert np.isfinite(on.losses[1])
 
 
 def test_a_step_that_is_not_finite_can_be_left_out(caplog):
     config = TrainConfig(**CAREFUL | {"on_nonfinite": "skip"})
     with caplog.at_level(logging.WARNING, "tbjax"):
-        done = train(poisoned(), Mixture(bad=3), config)
-    assert "step 3" in caplog.text
+        done = train(poisoned(), Mixture(2, 3), config)
+    assert re.findall(r"step (\d): .*The step was skipped", caplog.text) == ["2", "3"]
+    assert caplog.text.count("Before the step, the parameter embedding.weight") == 1  # looked for once
     assert np.isfinite(done.losses[3])
     assert np.isnan(done.losses[2])
-    assert done.records[-1].skipped == 1
+    assert done.records[-1].skipped == 2
     assert all(np.isfinite(array).all() for array in arrays(done.state.model.stacks))
+
+
+def test_a_place_that_cannot_be_found_is_no_reason_to_end(caplog, monkeypatch):
+    def fails(*arguments, **options):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(loops, "find_nonfinite", fails)
+    done = train(poisoned(), Mixture(3), TrainConfig(**CAREFUL | {"on_nonfinite": "skip"}))
+    assert done.step == 4
+    assert "could not be found out: RESOURCE_EXHAUSTED" in caplog.text
 
 
 def test_too_little_data_is_an_error_after_the_steps_that_there_are(tmp_path):
@@ -343,6 +396,10 @@ def test_batches_that_cannot_be_are_named(changed, words):
 def test_what_config_and_data_disagree_on_is_named():
     with pytest.raises(ValueError, match=r"batch_size=4, but the data's batches have 8"):
         train(model(), Batches(), TrainConfig(**BASE | {"batch_size": 4}))
+    drawn = Batches()
+    drawn.seed = 1
+    with pytest.raises(ValueError, match=r"TrainConfig.seed=2, but the data's is 1"):
+        train(model(), drawn, TrainConfig(**BASE | {"seed": 2}))
     with pytest.raises(ValueError, match="eval_every=5, but there is no eval_data"):
         train(model(), Batches(), TrainConfig(**BASE | {"eval_every": 5}))
     with pytest.raises(ValueError, match="save_every=5, but there is no checkpoint_dir"):
@@ -350,8 +407,29 @@ def test_what_config_and_data_disagree_on_is_named():
 
 
 def test_a_profile_is_written(tmp_path):
+    from tbjax.training.profiling import Profile
+
     config = TrainConfig(**BASE | {"steps": 5, "profile": str(tmp_path), "profile_steps": 2})
+    # A run that goes on near its end traces what there is, or nothing.
+    assert (Profile(config, 2).first, Profile(config, 2).last) == (5, 5)
+    assert Profile(config, 3).folder is None
     train(model(), Batches(), config)
     assert list(tmp_path.rglob("*.xplane.pb"))
     with pytest.raises(ValueError, match="profile_steps=2 from step 3 on go beyond steps=3"):
         train(model(), Batches(), TrainConfig(**BASE | {"steps": 3, "profile": str(tmp_path), "profile_steps": 2}))
+
+
+def test_a_signal_to_one_of_several_processes_ends_all_after_the_same_step():
+    script = """
+import os, signal
+from tbjax.training.interruption import Interruption
+with Interruption() as interruption:
+    for step in range(1, 20):
+        if step == 4 and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if interruption.agreed():
+            break
+print(step, interruption.cause)
+"""
+    first, other = (out.splitlines()[-1] for out in processes.run(script, devices=1))
+    assert (first, other) == ("5 a signal to another process", "5 SIGTERM")

@@ -181,7 +181,7 @@ def test_a_strategy_that_is_given_stands():
         ({"hardware": "h100:1.5"}, ["'1.5'", "whole numbers"]),
         ({"hardware": "h100:-8"}, ["'-8'"]),
         ({"hardware": "v5p:3x3x3"}, ["v5p", "3x3x3", "2x2x4"]),
-        ({"hardware": "h100:4x16"}, ["8 devices, not 16", "h100:8x8"]),
+        ({"hardware": "h100:4x16"}, ["8 devices each, not 16", "h100:8x8"]),
         ({"hardware": 8}, ["8", "'h100:8'"]),
         ({"global_batch": 0}, ["global_batch", "0"]),
         ({"global_batch": 8.0}, ["global_batch", "8.0"]),

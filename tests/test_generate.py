@@ -110,7 +110,7 @@ def test_a_cache_continues_where_it_was_left():
         ([1] * 100, {"max_new_tokens": 29}, "128 positions"),
         ("text", {}, "tokenizer"),
         ([{"role": "user", "content": "text"}], {}, "tokenizer"),
-        ([1, "two"], {}, "one kind"),
+        ([1, "two"], {}, "mixes kinds"),
         (np.zeros((1, 1, 1), np.int32), {}, r"\[1, 1, 1\]"),
         (np.zeros((1, 2)), {}, "float"),
     ],

@@ -97,7 +97,7 @@ def test_an_order_without_holes_is_an_order_too(name, tmp_path):
 
 @pytest.mark.parametrize("layout", [LAID["down and up"], LAID_EVENLY["down and up"]])
 def test_what_lies_in_the_host_s_memory_is_put_in_order_and_back(layout):
-    model = born(layout, LAYERS if layout is LAID["down and up"] else EVEN)
+    model = rows.moved(born(sharding({"dp": 1}), LAYERS if layout is LAID["down and up"] else EVEN), layout)
     path = "stacks.0.0.attention.query.weight"
     there = {path: by_path(model)[path]}
     hosted = jax.device_put(there[path], there[path].sharding.with_memory_kind("pinned_host"))

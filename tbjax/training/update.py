@@ -134,11 +134,13 @@ def _unless_finite(update: Update, old: Any, new: Any) -> Any:
 
 
 def _lay_state(state: Any, model: Decoder) -> Any:
-    """The optimizer's state, constrained to lie where it lay."""
+    """The optimizer's state, constrained to lie where it lay; the host's memory is where it was put."""
     if model.sharding.mesh.size == 1:
         return state
     placed = place_state(state, model, model.sharding)
-    return jax.tree.map(lambda a, b: jax.lax.with_sharding_constraint(a, b.sharding), state, placed)
+    return jax.tree.map(
+        lambda a, b: a if on_host(a) else jax.lax.with_sharding_constraint(a, b.sharding), state, placed
+    )
 
 
 # Layer by layer.
@@ -164,7 +166,9 @@ def _by_layers(update: Update, gradients: Parameters, state: Any, values: Parame
             values_now, own_now, common = _loop(update, part, gradients, *there, taken, rows)
         values = {**values, **values_now}
         own = [{**before, **now} for before, now in zip(own, own_now, strict=True)]
-    return values, taken.join(taken._replace(own=own, common=common))
+    # What a loop carries lies where the compiler finds best, so it is said again where it is to lie.
+    values = lay(values, update.model, update.model.sharding.strategy.cuts_parameters)
+    return values, _lay_state(taken.join(taken._replace(own=own, common=common)), update.model)
 
 
 def _parts(found: Mapping[str, Leaf]) -> list[tuple[int | None, dict[str, Leaf]]]:

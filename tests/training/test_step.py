@@ -155,7 +155,7 @@ def run(name, sharding, optimizer="adamw", precision="float32"):
     """The losses of three steps, and the model after them."""
     model = born(name, sharding, jnp.bfloat16 if precision == "bfloat16" else jnp.float32)
     rule = make_optimizer(optimizer, model, learning_rate=LEARNING_RATE)
-    state, step, losses = init_state(model, rule), make_step(rule, precision=precision), []
+    state, step, losses = init_state(model, rule, precision=precision), make_step(rule, precision=precision), []
     for _ in range(STEPS):
         state, metrics = step(state, batch(name))
         losses.append(float(metrics.loss))

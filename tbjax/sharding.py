@@ -14,16 +14,15 @@ import enum
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tbjax import mesh as meshes
+from tbjax import weights
 from tbjax.cut import Cut
 from tbjax.cut import cut as cut_over
 
@@ -182,7 +181,7 @@ class Sharding:
 
     def constrain_parameter(self, value: jax.Array, leaf: Leaf, *, cut: bool) -> jax.Array:
         """Tells the compiler that `value` is to lie like a parameter, cut over the data axes or not."""
-        return self._constrain(value, self.parameter(leaf.dims, leaf.variable.shape, leaf.path, cut=cut).spec)
+        return self.lay(value, self.parameter(leaf.dims, leaf.variable.shape, leaf.path, cut=cut).spec)
 
     def use(self, variable: nnx.Variable, dtype: Any = None) -> jax.Array:
         """The value of a parameter, gathered over the axes that only store it (FSDP) and still cut over tp.
@@ -199,14 +198,14 @@ class Sharding:
         dims = tuple(variable.dims)
         used, stored = (self.parameter(dims, value.shape, cut=cut).spec for cut in (False, gathers))
         if wide:
-            value = cast(jax.Array, _rounded(value, self, used, stored, jnp.dtype(dtype).name))
+            value = cast(jax.Array, weights.rounded(value, self, used, stored, jnp.dtype(dtype).name))
         else:
-            value = cast(jax.Array, _gathered(value, self, used, stored))
+            value = cast(jax.Array, weights.gathered(value, self, used, stored))
         if _inside_shard_map() and self.size("tp") > 1 and not any(used):
             # The compiler would share the gradient's matmul out over tp and lay the result as it is stored by a
             # permute, for which in a pipeline it makes stages wait that do something else. So it is laid as it is used
             # first.
-            value = self._constrain(value, used)
+            value = self.lay(value, used)
         return value
 
     def sums_wide(self, dtype: Any) -> bool:
@@ -217,26 +216,24 @@ class Sharding:
         """x Wᵀ for a weight [out, in] and x [..., in], moving whichever of the two is smaller."""
         rows, (features_out, features_in) = math.prod(x.shape[:-1]), weight.shape
         if rows * (features_in + features_out) > STATIONARY_SHARE * features_in * features_out:
-            matmul = _matmul_summed_wide if self.sums_wide(x.dtype) else _matmul
+            matmul = weights.matmul_summed_wide if self.sums_wide(x.dtype) else weights.matmul
             return matmul(x, self.use(weight, x.dtype))
         leading = leading_dims(x)
-        x = self._constrain(x, self.activation((*leading, weight.dims[1]), x.shape, STATIONARY_AXES))
-        y = _matmul(x, weight[...].astype(x.dtype))
-        return self._constrain(y, self.activation((*leading, weight.dims[0]), y.shape, STATIONARY_AXES))
+        x = self.lay(x, self.activation((*leading, weight.dims[1]), x.shape, STATIONARY_AXES))
+        y = weights.matmul(x, weight[...].astype(x.dtype))
+        return self.lay(y, self.activation((*leading, weight.dims[0]), y.shape, STATIONARY_AXES))
 
     def lookup(self, tokens: jax.Array, table: nnx.Variable, dtype: Any = None) -> jax.Array:
         """The rows of a table [V, D], moving whichever is smaller, them or the table."""
         if tokens.size > STATIONARY_SHARE * table.shape[0] or _inside_shard_map():
             used = self.parameter(tuple(table.dims), table.shape, cut=False).spec
-            # The gradient of a lookup lies as the table does in use, and is then cut: see `_gathered`.
-            rows = self._constrain(self.use(table, dtype), used)
+            # The gradient of a lookup lies as the table does in use, and is then cut: see `weights.gathered`.
+            rows = self.lay(self.use(table, dtype), used)
             if _inside_shard_map():
                 return self._lookup_by_part(tokens, rows, used, dtype or table.dtype)
-            return cast(jax.Array, _take(rows, tokens, table.shape[0])).astype(dtype or table.dtype)
+            return cast(jax.Array, weights.take(rows, tokens, table.shape[0])).astype(dtype or table.dtype)
         found = jnp.take(table[...], tokens, axis=0, mode="clip").astype(dtype or table.dtype)
-        return self._constrain(
-            found, self.activation((*leading_dims(found), table.dims[1]), found.shape, STATIONARY_AXES)
-        )
+        return self.lay(found, self.activation((*leading_dims(found), table.dims[1]), found.shape, STATIONARY_AXES))
 
     def _lookup_by_part(self, tokens: jax.Array, table: jax.Array, spec: PartitionSpec, dtype: Any) -> jax.Array:
         """A lookup in which each device finds what its part of the table has, and the parts are summed.
@@ -251,7 +248,7 @@ class Sharding:
             first = jax.lax.axis_index(over) * table.shape[0] if over else 0
             place = jnp.clip(tokens, 0, self.size(*over) * table.shape[0] - 1) - first
             here = (place >= 0) & (place < table.shape[0])
-            found = jnp.where(here[..., None], _take(table, place, table.shape[0]), 0).astype(dtype)
+            found = jnp.where(here[..., None], weights.take(table, place, table.shape[0]), 0).astype(dtype)
             return jax.lax.psum(found, over) if over else found
 
         return self.per_device(find, (spec, PartitionSpec(*rows[:2])), rows)(table, tokens)
@@ -300,11 +297,11 @@ class Sharding:
 
     def constrain(self, value: jax.Array, *dims: str | None) -> jax.Array:
         """Tells the compiler how `value` is to lie."""
-        return self._constrain(value, self.activation(dims, value.shape))
+        return self.lay(value, self.activation(dims, value.shape))
 
     def in_order(self, value: jax.Array, *dims: str | None) -> jax.Array:
         """As `constrain`, and in memory its dimensions stand in the order that they have in its shape."""
-        return _pinned(value, self, self.activation(dims, value.shape))
+        return weights.pinned(value, self, self.activation(dims, value.shape))
 
     def residual(self, value: jax.Array) -> jax.Array:
         """As `constrain` for the residual stream [B, S, D], whose sequence lies over tp under sequence parallelism."""
@@ -312,7 +309,7 @@ class Sharding:
         if self.sequence_parallel:
             entry = self._fitting((*_axes(spec[1]), "tp"), value.shape[1])
             spec = PartitionSpec(spec[0], entry, None)
-        return self._constrain(value, spec)
+        return self.lay(value, spec)
 
     def per_device(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """`function` run on each device's part of its arguments; in a pipeline, on each device of a stage."""
@@ -320,7 +317,8 @@ class Sharding:
         mesh = None if _inside_shard_map() else self.mesh
         return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def _constrain(self, value: jax.Array, spec: PartitionSpec) -> jax.Array:
+    def lay(self, value: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """Tells the compiler that `value` is to lie as `spec` says."""
         if self.mesh.size == 1:
             return value
         if not _inside_shard_map():
@@ -396,112 +394,6 @@ def to_device(tree: Module) -> Module:
     return jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Device) if on_host(a) else a, tree)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gathered(value: jax.Array, sharding: Sharding, used: PartitionSpec, stored: PartitionSpec) -> jax.Array:
-    """`value` laid as `used`, and its gradient as `stored`: left to itself the gradient would be laid as the value is,
-    which sums all of it onto every device only to drop most.
-
-    Both are pinned to the order of dimensions in which parameters are stored. A gather over NVLink wants its dimension
-    outermost, and the compiler would otherwise carry that wish through the cast and the slice of a layer to the stack
-    of all layers, and keep a second stack in that order for the whole step.
-    """
-    return sharding._constrain(_pinned(value, sharding, _at_rest(sharding, used, stored)), used)
-
-
-def _at_rest(sharding: Sharding, used: PartitionSpec, stored: PartitionSpec) -> PartitionSpec:
-    """How a parameter itself lies: under ZeRO-2 its gradient alone is cut."""
-    return stored if sharding.strategy.cuts_parameters else used
-
-
-def _gathered_forward(value: jax.Array, sharding: Sharding, used: PartitionSpec, stored: PartitionSpec) -> Any:
-    return _gathered(value, sharding, used, stored), None
-
-
-def _gathered_backward(
-    sharding: Sharding, used: PartitionSpec, stored: PartitionSpec, kept: None, gradient: jax.Array
-) -> Any:
-    return (_pinned(sharding._constrain(gradient, stored), sharding, stored),)
-
-
-def _pinned(value: jax.Array, sharding: Sharding, spec: PartitionSpec) -> jax.Array:
-    """`value`, laid as `spec`, with its dimensions in memory in the order that they have in its shape."""
-    pin = partial(with_layout_constraint, layouts=Layout(tuple(range(value.ndim))))
-    return sharding.per_device(pin, spec, spec)(value)
-
-
-_gathered.defvjp(_gathered_forward, _gathered_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _rounded(value: jax.Array, sharding: Sharding, used: PartitionSpec, stored: PartitionSpec, dtype: str) -> jax.Array:
-    """As `_gathered`, of `value` rounded to `dtype`, but in the dtype in which its gradient is to be summed: what
-    travels here is `dtype`, and what comes back is not."""
-    value = value.astype(dtype)
-    if used != stored:
-        value = _pinned(value, sharding, _at_rest(sharding, used, stored))
-    return sharding._constrain(value, used).astype(cast(Any, sharding.reduce_dtype))
-
-
-def _rounded_forward(
-    value: jax.Array, sharding: Sharding, used: PartitionSpec, stored: PartitionSpec, dtype: str
-) -> Any:
-    # What is kept is an empty array: of the value, the backward pass has to know its dtype alone.
-    return _rounded(value, sharding, used, stored, dtype), jnp.zeros(0, value.dtype)
-
-
-def _rounded_backward(
-    sharding: Sharding, used: PartitionSpec, stored: PartitionSpec, dtype: str, kept: jax.Array, gradient: jax.Array
-) -> Any:
-    if used != stored:
-        gradient = _pinned(sharding._constrain(gradient, stored), sharding, stored)
-    return (gradient.astype(kept.dtype),)
-
-
-_rounded.defvjp(_rounded_forward, _rounded_backward)
-
-
-@jax.custom_vjp
-def _matmul_summed_wide(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x Wᵀ in the dtype of x. The weight comes in the wider dtype in which its gradient is to be summed: the compiler
-    sums over devices what a matmul gives on each, before any cast that follows."""
-    return _matmul(x, weight.astype(x.dtype))
-
-
-def _matmul_summed_wide_forward(x: jax.Array, weight: jax.Array) -> Any:
-    narrow = weight.astype(x.dtype)
-    return _matmul(x, narrow), (x, narrow, jnp.zeros(0, weight.dtype))
-
-
-def _matmul_summed_wide_backward(kept: Any, gradient: jax.Array) -> Any:
-    x, weight, wide = kept
-    of_weight = jnp.einsum("...o,...i->oi", gradient, x, preferred_element_type=wide.dtype)
-    return jnp.einsum("...o,oi->...i", gradient, weight), of_weight
-
-
-_matmul_summed_wide.defvjp(_matmul_summed_wide_forward, _matmul_summed_wide_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _take(table: jax.Array, tokens: jax.Array, rows: int) -> jax.Array:
-    """The rows of `tokens`. A row's gradient is summed in float32: thousands of tokens may share one."""
-    return jnp.take(table, tokens, axis=0, mode="clip")
-
-
-def _take_forward(table: jax.Array, tokens: jax.Array, rows: int) -> Any:
-    return _take(table, tokens, rows), tokens
-
-
-def _take_backward(rows: int, tokens: jax.Array, gradient: jax.Array) -> Any:
-    # The zeros depend on the gradient, or the compiler makes them early and keeps them through the backward pass.
-    zero, gradient = jax.lax.optimization_barrier((jnp.float32(0), gradient))
-    zeros = jnp.broadcast_to(zero, (rows, gradient.shape[-1]))
-    summed = zeros.at[tokens].add(gradient.astype(jnp.float32), mode="clip")
-    return summed.astype(gradient.dtype), None
-
-
-_take.defvjp(_take_forward, _take_backward)
-
-
 def _inside_shard_map() -> bool:
     context = jax.sharding.get_abstract_mesh()
     return not context.empty and AxisType.Manual in context.axis_types
@@ -510,10 +402,6 @@ def _inside_shard_map() -> bool:
 def leading_dims(x: jax.Array) -> Dims:
     """What the dimensions of x before its features are: batch, then sequence."""
     return ("batch", "sequence", *[None] * x.ndim)[: x.ndim - 1]
-
-
-def _matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return jnp.einsum("...i,oi->...o", x, weight)
 
 
 def _axes(entry: Any) -> tuple[str, ...]:

@@ -129,7 +129,7 @@ class Decoder(nnx.Module):
                 layers = group.first + position + len(group.pattern) * jnp.asarray(np.maximum(rows, 0))
                 layer_keys = jax.vmap(jax.random.fold_in, (None, 0))(keys[1], layers)
                 blocks = jax.vmap(lambda k, kind=kind: Block(config, kind, self.sharding, key=k, **made))(layer_keys)
-                stack.append(blocks if HOLE not in rows else jax.tree.map(partial(_with_holes, rows), blocks))
+                stack.append(blocks if HOLE not in rows else jax.tree.map(partial(with_holes, rows), blocks))
             self.stacks.append(stack)
         self.final_norm = make_norm(config, self.sharding, dtype, keys[2])
         head = (config.vocab_size, config.embed, self.sharding)
@@ -373,7 +373,7 @@ class Decoder(nnx.Module):
         return self.sharding.in_order(cache, None, "batch", None, "kv_heads", None)
 
 
-def _with_holes(rows: np.ndarray, stack: jax.Array) -> jax.Array:
+def with_holes(rows: np.ndarray, stack: jax.Array) -> jax.Array:
     """The stack with zeros in the rows that stand for no layer."""
     return jnp.where((rows != HOLE).reshape(-1, *[1] * (stack.ndim - 1)), stack, 0)
 

@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tbjax.cut import HOLE, Cut
-from tbjax.model import Decoder
+from tbjax.model import Decoder, with_holes
 from tbjax.sharding import Sharding, leaves
 
 Model = TypeVar("Model", bound=Decoder)
@@ -101,8 +100,7 @@ def _taker(rows: tuple[int, ...], between: NamedSharding, after: NamedSharding) 
     def take(stack: jax.Array) -> jax.Array:
         stack = jax.lax.with_sharding_constraint(stack, between)[np.maximum(rows, 0)]
         if HOLE in rows:
-            there = (np.asarray(rows) != HOLE).reshape(-1, *[1] * (stack.ndim - 1))
-            stack = jnp.where(there, stack, jnp.zeros_like(stack))
+            stack = with_holes(np.asarray(rows), stack)
         return jax.lax.with_sharding_constraint(stack, between)
 
     return jax.jit(take, out_shardings=after)

@@ -201,7 +201,7 @@ class Sharding:
             value = cast(jax.Array, weights.rounded(value, self, used, stored, jnp.dtype(dtype).name))
         else:
             value = cast(jax.Array, weights.gathered(value, self, used, stored))
-        if _inside_shard_map() and self.size("tp") > 1 and not any(used):
+        if self.in_stage and self.size("tp") > 1 and not any(used):
             # The compiler would share the gradient's matmul out over tp and lay the result as it is stored by a
             # permute, for which in a pipeline it makes stages wait that do something else. So it is laid as it is used
             # first.
@@ -225,11 +225,11 @@ class Sharding:
 
     def lookup(self, tokens: jax.Array, table: nnx.Variable, dtype: Any = None) -> jax.Array:
         """The rows of a table [V, D], moving whichever is smaller, them or the table."""
-        if tokens.size > STATIONARY_SHARE * table.shape[0] or _inside_shard_map():
+        if tokens.size > STATIONARY_SHARE * table.shape[0] or self.in_stage:
             used = self.parameter(tuple(table.dims), table.shape, cut=False).spec
             # The gradient of a lookup lies as the table does in use, and is then cut: see `weights.gathered`.
             rows = self.lay(self.use(table, dtype), used)
-            if _inside_shard_map():
+            if self.in_stage:
                 return self._lookup_by_part(tokens, rows, used, dtype or table.dtype)
             return cast(jax.Array, weights.take(rows, tokens, table.shape[0])).astype(dtype or table.dtype)
         found = jnp.take(table[...], tokens, axis=0, mode="clip").astype(dtype or table.dtype)
@@ -314,14 +314,14 @@ class Sharding:
     def per_device(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """`function` run on each device's part of its arguments; in a pipeline, on each device of a stage."""
         # A stage is itself inside a shard_map, whose mesh (with `pp` taken out) is then the one to use.
-        mesh = None if _inside_shard_map() else self.mesh
+        mesh = None if self.in_stage else self.mesh
         return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def lay(self, value: jax.Array, spec: PartitionSpec) -> jax.Array:
         """Tells the compiler that `value` is to lie as `spec` says."""
         if self.mesh.size == 1:
             return value
-        if not _inside_shard_map():
+        if not self.in_stage:
             return jax.lax.with_sharding_constraint(value, NamedSharding(self.mesh, spec))
         return jax.lax.with_sharding_constraint(value, spec)  # on the shard_map's own mesh
 

@@ -185,8 +185,8 @@ def _place_own(graph: Graph, ticks: list[int], column: np.ndarray, saves: bool) 
         for index in indices:
             if saves or graph.kind[index] is not Kind.FORWARD:
                 held.setdefault((graph.position[index], graph.microbatch[index]), []).append(ticks[index])
-        stays = {ticks[0]: ticks for ticks in held.values() if len(ticks) > 1}
-        slots, used = _colour(_Stay(start, ticks[-1], start) for start, ticks in stays.items())
+        stays = {during[0]: during for during in held.values() if len(during) > 1}
+        slots, used = _colour(_Stay(start, during[-1], start) for start, during in stays.items())
         depth = max(depth, used)
         for start, slot in slots.items():
             column[stays[start], stage] = slot

@@ -35,7 +35,7 @@ from tbjax.pipeline.stages import Stage, cuts, join, specs, split
 Caches = list[tuple[jax.Array, jax.Array]]
 
 
-class Tokens(NamedTuple):
+class Unanswered(NamedTuple):
     """A batch without targets, as the stages take it."""
 
     tokens: Any
@@ -51,7 +51,7 @@ def runs_in_stages(model: Decoder) -> bool:
 
 def logits(model: Decoder, tokens: Any, mask: Any = None, positions: Any = None, segments: Any = None) -> jax.Array:
     """As a call of the model: [B, S, V]."""
-    batch = Tokens(*(None if a is None else jnp.asarray(a) for a in (tokens, mask, positions, segments)))
+    batch = Unanswered(*(None if a is None else jnp.asarray(a) for a in (tokens, mask, positions, segments)))
     if batch.tokens.ndim != 2:
         raise ValueError(f"tokens must be integers [batch, sequence], not {list(batch.tokens.shape)}.")
     rows = batch.tokens.shape[0]

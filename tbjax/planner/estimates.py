@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from tbjax.config import ModelConfig
 from tbjax.planner.device import GB, Hardware
+from tbjax.planner.flight import activations_in_flight
 from tbjax.planner.hardware import hardware as named_hardware
-from tbjax.planner.memory import activations_in_flight, memory
+from tbjax.planner.memory import memory
 from tbjax.planner.parameters import parameters
 from tbjax.planner.workload import Layout, Workload
 

@@ -23,10 +23,7 @@ from collections.abc import Mapping
 from tbjax.config import ModelConfig
 from tbjax.planner import moments
 from tbjax.planner.device import Hardware
-from tbjax.planner.flight import activations_in_flight
 from tbjax.planner.workload import Layout, Workload
-
-__all__ = ["Memory", "activations_in_flight", "memory"]
 
 # Of what a program computes, the part that is lost between buffers of different sizes.
 FRAGMENTATION = 0.01

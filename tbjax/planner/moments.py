@@ -12,16 +12,13 @@ from tbjax.planner.flight import activations_in_flight, arrivals_in_flight
 from tbjax.planner.liveness import Compiler, Layer, Live
 from tbjax.planner.parameters import TILE, Shard, shards, stage_layers
 from tbjax.planner.workload import Layout, Optimizer, Remat, Workload
-from tbjax.sharding import ShardingStrategy
+from tbjax.sharding import STATIONARY_SHARE, ShardingStrategy
 
 # Float32 logits that the loss computes at once on a device (`tbjax.training.loss.CHUNK_BYTES`).
 LOGITS_CHUNK = 128 * 2**20
 
 # Whole copies of one layer's matrices that the Newton-Schulz iteration of muon, run layer by layer, has at once.
 MUON_COPIES = 3.5
-
-# Tokens for each row of a table from which on the table is what is moved (`tbjax.sharding.STATIONARY_SHARE`).
-STATIONARY_SHARE = 1 / 8
 
 # What remat="none" keeps inside a norm: two arrays of float32, each as large as two of bfloat16.
 NORM_ARRAYS = 4

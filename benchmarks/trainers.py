@@ -59,7 +59,7 @@ def tbjax(task: Task) -> Trained:
             times.append(now())
             yield Batch(rows[:, :-1], rows[:, 1:])
 
-    config = settings(len(task.tokens), "full" if task.remat else "none")
+    config = settings(len(task.tokens), task.remat)
     result = train(model, batches(), config, progress=False)
     times.append(now())
     return Trained(result.losses, *np.diff(times, axis=0).T.tolist())

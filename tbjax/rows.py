@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tbjax.cut import HOLE, Cut
 from tbjax.model import Decoder, with_holes
-from tbjax.sharding import Sharding, leaves
+from tbjax.sharding import Sharding, axes_of, leaves
 
 Model = TypeVar("Model", bound=Decoder)
 
@@ -85,7 +85,7 @@ def _across(array: Any) -> NamedSharding:
     spec = [*sharding.spec, *[None] * (array.ndim - len(sharding.spec))]
     spec[0] = None
     for dim in range(1, array.ndim):
-        axes = (spec[dim],) if isinstance(spec[dim], str) else tuple(spec[dim] or ())
+        axes = axes_of(spec[dim])
         degree = int(np.prod([sharding.mesh.shape[axis] for axis in (*axes, "pp")]))
         if array.shape[dim] % degree == 0:
             spec[dim] = (*axes, "pp")

@@ -169,13 +169,13 @@ class Sharding:
             axes["embed"] = ()
         spec = self._spec(dims, axes)
         for dim, size, entry in zip(dims, shape, spec, strict=True):
-            degree = self.size(*_axes(entry))
+            degree = self.size(*axes_of(entry))
             if size % degree and dim == "kv_heads":
                 # Few key-value heads are held by every tp device, as is usual.
                 spec = PartitionSpec(*(None if d == "kv_heads" else e for d, e in zip(dims, spec, strict=True)))
             elif size % degree:
                 raise ValueError(
-                    f"{name}: dimension {dim!r} of size {size} does not divide over {'*'.join(_axes(entry))}={degree}"
+                    f"{name}: dimension {dim!r} of size {size} does not divide over {'*'.join(axes_of(entry))}={degree}"
                 )
         return NamedSharding(self.mesh, spec)
 
@@ -242,7 +242,7 @@ class Sharding:
         of 2026-01: ExpandDeviceGroupsWithIota, of a gather where an outer axis is manual).
         """
         rows = self.activation(("batch", "sequence", None), (*tokens.shape, table.shape[1]))
-        over = _axes(spec[0])
+        over = axes_of(spec[0])
 
         def find(table: jax.Array, tokens: jax.Array) -> jax.Array:
             first = jax.lax.axis_index(over) * table.shape[0] if over else 0
@@ -275,7 +275,7 @@ class Sharding:
         result = {}
         for path, dims, variable in found:
             if math.prod(variable.shape) > NOTABLE_SHARE * total:
-                used = {a for entry in self.parameter(dims, variable.shape, path).spec for a in _axes(entry)}
+                used = {a for entry in self.parameter(dims, variable.shape, path).spec for a in axes_of(entry)}
                 missing = tuple(axis for axis in sharding_axes if axis not in used)
                 if missing:
                     result[path] = missing
@@ -293,7 +293,7 @@ class Sharding:
     def shard_shape(self, dims: Dims, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The part of an activation that one device has."""
         spec = self.activation(dims, shape)
-        return tuple(size // self.size(*_axes(entry)) for size, entry in zip(shape, spec, strict=True))
+        return tuple(size // self.size(*axes_of(entry)) for size, entry in zip(shape, spec, strict=True))
 
     def constrain(self, value: jax.Array, *dims: str | None) -> jax.Array:
         """Tells the compiler how `value` is to lie."""
@@ -307,7 +307,7 @@ class Sharding:
         """As `constrain` for the residual stream [B, S, D], whose sequence lies over tp under sequence parallelism."""
         spec = self.activation(("batch", "sequence", None), value.shape)
         if self.sequence_parallel:
-            entry = self._fitting((*_axes(spec[1]), "tp"), value.shape[1])
+            entry = self._fitting((*axes_of(spec[1]), "tp"), value.shape[1])
             spec = PartitionSpec(spec[0], entry, None)
         return self.lay(value, spec)
 
@@ -345,7 +345,7 @@ class Sharding:
 
     def _fitting(self, entry: Any, size: int) -> Any:
         """The leading axes of `entry` whose product divides `size`."""
-        axes = [axis for axis in _axes(entry) if self.size(axis) > 1]
+        axes = [axis for axis in axes_of(entry) if self.size(axis) > 1]
         while axes and size % self.size(*axes):
             axes.pop()
         return axes[0] if len(axes) == 1 else tuple(axes) or None
@@ -404,6 +404,6 @@ def leading_dims(x: jax.Array) -> Dims:
     return ("batch", "sequence", *[None] * x.ndim)[: x.ndim - 1]
 
 
-def _axes(entry: Any) -> tuple[str, ...]:
-    """A PartitionSpec's entry as a tuple of axes."""
+def axes_of(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that one entry of a `PartitionSpec` names: None, an axis, or several."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

@@ -20,7 +20,7 @@ import jax
 from tbjax.api import CausalLM
 from tbjax.mesh import make_mesh
 from tbjax.placement import readable
-from tbjax.sharding import Sharding, ShardingStrategy, leaves
+from tbjax.sharding import Sharding, ShardingStrategy, axes_of, leaves
 from tbjax.training.config import Defaults
 
 
@@ -120,7 +120,7 @@ class ModelSharder:
             array = leaf.variable[...]
             placed = layout.parameter(leaf.dims, array.shape, leaf.path)
             entries = [*placed.spec, *[None] * (array.ndim - len(placed.spec))]
-            axes = tuple((entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in entries)
+            axes = tuple(map(axes_of, entries))
             size = math.prod(placed.shard_shape(array.shape)) * array.dtype.itemsize
             shards[leaf.path] = Shard(array.shape, axes, size)
         return ShardPlan(shards)

@@ -34,7 +34,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tbjax.collectives import Algorithm, Peers, all_gather, all_reduce, own_part, reduce_scatter
 from tbjax.model import Decoder
-from tbjax.sharding import leaves
+from tbjax.sharding import axes_of, leaves
 from tbjax.training.optimizer import Parameters
 
 AXIS = "dp"
@@ -274,7 +274,7 @@ def reduced(
             bad += jnp.any(~jnp.isfinite(gradient)).astype(jnp.int32)
             # Devices with other parts of a tensor draw other lots, those with the same part the same.
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step), number)
-            for axis in (axis for entry in spec for axis in _axes(entry)):
+            for axis in (axis for entry in spec for axis in axes_of(entry)):
                 key = jax.random.fold_in(key, jax.lax.axis_index(axis))
             before = None if residual is None else residual[path][0]
             found[path], left = _through(compression, gradient, before, key)
@@ -348,7 +348,3 @@ def _places(model: Decoder) -> dict[str, NamedSharding]:
     sharding = model.sharding
     cut = sharding.strategy.cuts_optimizer
     return {leaf.path: sharding.parameter(leaf.dims, leaf.variable.shape, leaf.path, cut=cut) for leaf in leaves(model)}
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

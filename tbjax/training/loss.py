@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from tbjax.model import Decoder
-from tbjax.sharding import Sharding
+from tbjax.sharding import Sharding, axes_of
 
 # A target that has no loss, as transformers and PyTorch write it. Every negative target is taken as one.
 IGNORED = -100
@@ -96,9 +96,9 @@ def _over_devices(
     run = partial(
         _on_device,
         head=head,
-        over_tokens=_axes(batch[0]) + _axes(batch[1]),
-        over_vocabulary=_axes(stored[0]),
-        over_embed=_axes(stored[1]),
+        over_tokens=axes_of(batch[0]) + axes_of(batch[1]),
+        over_vocabulary=axes_of(stored[0]),
+        over_embed=axes_of(stored[1]),
         gradients=gradients,
     )
     # The table is cast before it is gathered: the gather then moves half the bytes.
@@ -192,7 +192,3 @@ def _on_device(
 
 def _collective(operation: Any, value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return operation(value, axes) if axes else value
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

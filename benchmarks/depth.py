@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.scaling import Case, processor
+from tbjax.plain import plain, restore
 from tbjax.planner.compilers import compiler_for, environment, require
-from tbjax.planner.plain import plain, restore
 from tbjax.planner.plan import Plan
 
 CASES = (Case("llama-2-70b", "h100:8x8", 1, 4096), Case("llama-2-70b", "v5p:4x4x4", 1, 4096))

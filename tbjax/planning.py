@@ -26,12 +26,11 @@ USUAL_LENGTH = 4096
 # Of a sequence that is served, the part that is answer unless told otherwise.
 USUAL_ANSWER = 512
 
-# What is planned for and cannot be run yet, by task: each setting, and the value that can.
-NOT_YET: Mapping[Task, Mapping[str, Any]] = {
+# Axes that are planned for and cannot be run yet, by task, each with what it would be.
+NOT_YET: Mapping[Task, Mapping[str, str]] = {
     "train": {},
-    "inference": {"cp": 1},
+    "inference": {"cp": "serving with context parallelism"},
 }
-_MEANS = {"cp": "serving with context parallelism"}
 
 
 def plan(
@@ -101,10 +100,10 @@ def plan(
         "offload": offload if offload is None or isinstance(offload, str) else tuple(offload),
     }
     if runnable or search == "verified":
-        for setting, value in NOT_YET[task].items():
-            if fixed.get(setting) not in (None, value):
-                raise ValueError(f"{setting}={fixed[setting]!r} cannot be run yet: leave it out, or plan without it.")
-            fixed[setting] = value
+        for axis in NOT_YET[task]:
+            if fixed.get(axis) not in (None, 1):
+                raise ValueError(f"{axis}={fixed[axis]!r} cannot be run yet: leave it out, or plan without it.")
+            fixed[axis] = 1
     return best_plan(config, workload, where, fixed=fixed, objective=objective, search=search, model=name)
 
 
@@ -203,8 +202,8 @@ def settings_of(
     if different:
         raise ValueError(f"the plan is for another model, {plan.model or plan.config.family}: {', '.join(different)}.")
     layout = plan.layout
-    for axis, means in _MEANS.items():
-        if axis in NOT_YET[plan.workload.task] and layout.mesh[axis] > 1:
+    for axis, means in NOT_YET[plan.workload.task].items():
+        if layout.mesh[axis] > 1:
             raise NotImplementedError(
                 f"the plan has {axis}={layout.mesh[axis]}: tbjax plans {means} but does not run that yet. Plan with "
                 "runnable=True for the best that it does run."

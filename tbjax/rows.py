@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tbjax.cut import HOLE, Cut
 from tbjax.model import Decoder, with_holes
-from tbjax.sharding import Sharding, axes_of, leaves
+from tbjax.sharding import Sharding, axes_of, by_path, with_arrays
 
 Model = TypeVar("Model", bound=Decoder)
 
@@ -58,12 +58,10 @@ def moved(model: Decoder, sharding: Sharding) -> Decoder:
 
 def filled(there: Model, model: Decoder) -> Model:
     """`there`, an abstract model of the same config that lies anywhere, with the arrays of `model`."""
-    arrays = in_order(dict(zip((leaf.path for leaf in leaves(model)), jax.tree.leaves(model), strict=True)), model)
-    wanted = dict(zip(arrays, jax.tree.leaves(there), strict=True))
+    arrays, wanted = in_order(by_path(model), model), by_path(there)
     between = in_order(wanted, there)
     arrays = {path: jax.device_put(array, between[path].sharding) for path, array in arrays.items()}
-    arrays = on_stages(arrays, wanted, there)
-    return jax.tree.unflatten(jax.tree.structure(there), list(arrays.values()))
+    return with_arrays(there, on_stages(arrays, wanted, there))
 
 
 def _cut(path: str, there: Any, model: Decoder) -> Cut | None:

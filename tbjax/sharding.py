@@ -113,6 +113,16 @@ def leaves(module: Any) -> Iterator[Leaf]:
         )
 
 
+def by_path(module: Any) -> dict[str, Any]:
+    """What a module's parameters are, by path: arrays, or their shapes."""
+    return dict(zip((leaf.path for leaf in leaves(module)), jax.tree.leaves(module), strict=True))
+
+
+def with_arrays(module: Module, arrays: Mapping[str, Any]) -> Module:
+    """`module` with other parameters, given by path."""
+    return jax.tree.unflatten(jax.tree.structure(module), [arrays[leaf.path] for leaf in leaves(module)])
+
+
 @dataclasses.dataclass(frozen=True)
 class Sharding:
     """A mesh, and how a model is laid out on it."""

@@ -26,10 +26,10 @@ from tbjax.model import Decoder
 from tbjax.pipeline.grid import lay_out
 from tbjax.pipeline.schedule import named
 from tbjax.pipeline.stages import cut_for
+from tbjax.plain import plain, restore
 from tbjax.planner import hlo
 from tbjax.planner.compilers import Compiler, gpu_target
 from tbjax.planner.hardware import Cluster
-from tbjax.planner.plain import plain, restore
 from tbjax.planner.verify import Program
 from tbjax.planner.workload import Layout, Workload
 from tbjax.sharding import Sharding

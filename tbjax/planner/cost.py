@@ -23,6 +23,7 @@ from tbjax.pipeline import schedule as schedules
 from tbjax.pipeline.price import price
 from tbjax.pipeline.simulate import Times
 from tbjax.planner.hardware import Cluster
+from tbjax.planner.network import Group
 from tbjax.planner.prices import Prices, peak, prices
 from tbjax.planner.stack import XLA, Stack
 from tbjax.planner.work import forward_flops, training_flops
@@ -100,6 +101,11 @@ def _unfilled(schedule: Schedule, stages: int, microbatches: int, forwards: floa
     return (priced.total - microbatches) / (stages - 1)
 
 
+def _stages(priced: Prices, layout: Layout) -> Group:
+    """The devices of a pipeline: one of each stage."""
+    return priced.group((layout.tp, layout.cp, layout.ep, layout.fsdp, layout.dp), layout.pp)
+
+
 def _step(priced: Prices, layout: Layout) -> tuple[dict[str, float]]:
     """The parts of a training step."""
     workload, stack, m = priced.workload, priced.stack, layout.microbatches
@@ -128,9 +134,7 @@ def _step(priced: Prices, layout: Layout) -> tuple[dict[str, float]]:
     bubble = 0.0
     if pp > 1:
         share = bubble_share(layout, work.forwards, work.inputs, work.weights)
-        hop = priced.group((tp, layout.cp, ep, fsdp, layout.dp), pp).send(
-            priced.stream(rows, sequence, cp) / (tp if parallel else 1)
-        )
+        hop = _stages(priced, layout).send(priced.stream(rows, sequence, cp) / (tp if parallel else 1))
         bubble = (pp - 1) * (share * (stage + accumulated) + 2 * layout.chunks * hop)
     # The gradients of a microbatch are summed while those of earlier layers are computed.
     summed, _ = _exposed(priced.gradients(pp, dp, fsdp, ep, cp, tp, cuts), stack.overlap * layers * work.backwards)
@@ -190,11 +194,7 @@ def _pass(priced: Prices, layout: Layout, sequence: int, cached: float) -> dict[
     context, _ = _exposed(talk.context, priced.stack.overlap * work.seconds)
     # One microbatch after another goes through the stages; with fewer of them than stages, some stages wait.
     stage = layers * (work.seconds + talk.tensor + talk.expert + context + fetched)
-    hop = (
-        priced.group((tp, layout.cp, ep, fsdp, layout.dp), pp).send(priced.stream(rows, sequence, cp))
-        if pp > 1
-        else 0.0
-    )
+    hop = _stages(priced, layout).send(priced.stream(rows, sequence, cp)) if pp > 1 else 0.0
     return {
         "matmul": m * (layers * work.matmul + ends.matmul),
         "attention": m * layers * work.attention,

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from tbjax.config import ModelConfig
+from tbjax.plain import plain, restore
 from tbjax.planner import cost, growth, words
 from tbjax.planner.cost import Time
 from tbjax.planner.hardware import Cluster
 from tbjax.planner.legal import Rejection, Space
 from tbjax.planner.memory import Memory, memory
-from tbjax.planner.plain import plain, restore
 from tbjax.planner.search import KEPT, Candidate, Objective, anything_fits, missing
 from tbjax.planner.search import search as find
 from tbjax.planner.verify import CompilationError, Verification, verify

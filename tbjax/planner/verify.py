@@ -22,12 +22,12 @@ from typing import Any
 from rich.console import Console
 
 from tbjax.config import ModelConfig
+from tbjax.plain import plain, restore
 from tbjax.planner import traffic
 from tbjax.planner.compilers import Compiler, compiler_for, environment, require
 from tbjax.planner.cost import step_time
 from tbjax.planner.hardware import Cluster, cluster
 from tbjax.planner.hlo import Collective
-from tbjax.planner.plain import plain, restore
 from tbjax.planner.workload import Layout, Workload
 
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from tbjax.model import Decoder
 from tbjax.pipeline.schedule import named
-from tbjax.planner.plain import plain, restore
+from tbjax.plain import plain, restore
 from tbjax.planner.plan import Plan
 from tbjax.remat import Remat
 from tbjax.training import compression

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tbjax.planner.plain import plain, restore
+from tbjax.plain import plain, restore
 from tbjax.sharding import ShardingStrategy
 
 

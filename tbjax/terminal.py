@@ -4,6 +4,7 @@ Imports nothing slow: `--help` goes through here.
 """
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,13 @@ FAILED = 1  # the exit code of work that could not be done; 0 is success, 2 a co
 
 @contextlib.contextmanager
 def readable_errors(*, debug: bool) -> Iterator[None]:
-    """Print an expected error as one paragraph on stderr and exit with `FAILED`; with `debug`, let it through."""
+    """Print an expected error as one paragraph on stderr and exit with `FAILED`; with `debug`, let it through.
+
+    What our floors have to say meanwhile is printed alike: `warning: ...`.
+    """
     try:
-        yield
+        with _readable_warnings():
+            yield
     except EXPECTED as error:
         # Typer's own exits and usage errors are RuntimeErrors too, but nobody's fault here.
         if debug or isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):
@@ -58,6 +63,33 @@ def provide_cpu_devices(mesh: Sequence[int] | dict[str, int] | None) -> None:
     told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not told and all(size > 0 for size in sizes):
         os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(math.prod(sizes)))
+
+
+@contextlib.contextmanager
+def _readable_warnings() -> Iterator[None]:
+    loggers, handler = [logging.getLogger(name) for name in ("tbjax", "interop")], _OnTerminal()
+    for logger in loggers:
+        logger.addHandler(handler)
+    before = [logger.propagate for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.propagate = False  # a handler at the root would say it again
+        yield
+    finally:
+        for logger, propagate in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.propagate = propagate
+
+
+class _OnTerminal(logging.Handler):
+    """Writes records of note as the commands write their errors."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"[yellow]{record.levelname.lower()}:[/] {_escaped(record.getMessage())}")
 
 
 def _escaped(text: str) -> str:

@@ -1,5 +1,7 @@
 """What the commands share."""
 
+import logging
+
 import pytest
 import typer
 
@@ -67,3 +69,17 @@ def test_a_user_who_has_chosen_the_devices_is_left_alone(monkeypatch):
     monkeypatch.setattr("os.environ", environment)
     provide_cpu_devices((2, 2, 2))
     assert "JAX_NUM_CPU_DEVICES" not in environment
+
+
+def test_warnings_are_printed_as_errors_are_and_once(capsys):
+    root = logging.StreamHandler()
+    logging.getLogger().addHandler(root)
+    try:
+        with readable_errors(debug=False):
+            logging.getLogger("interop.source").warning("%s: [the hub] did not give it", "name")
+            logging.getLogger("tbjax").info("not of note")
+    finally:
+        logging.getLogger().removeHandler(root)
+    assert capsys.readouterr().err == "warning: name: [the hub] did not give it\n"
+    assert logging.getLogger("tbjax").propagate
+    assert not logging.getLogger("tbjax").handlers

@@ -1,12 +1,15 @@
 """Attention in blocks is attention: the same values and gradients in every form, and no scores that stand in memory."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tbjax.layers import attend as attend_module
-from tbjax.layers.attend import Keys, Scoring, attend, block_queries
+from tbjax.layers import splash
+from tbjax.layers.attend import KERNELS, Keys, Scoring, attend, block_queries
 from tbjax.mesh import make_mesh
 from tbjax.sharding import Sharding
 
@@ -89,8 +92,68 @@ def test_a_block_is_all_queries_where_they_fit_and_even_parts_of_them_where_not(
     assert block_queries(4096, 4096, 10_000) == attend_module.BLOCK_MULTIPLE
 
 
+# Kernels.
+
+
+@pytest.mark.parametrize(
+    "scoring", [Scoring(scale=0.25), Scoring(scale=0.5, window=150, softcap=2.0)], ids=["causal", "window, softcap"]
+)
+def test_splash_attention_is_attention(scoring):
+    """Of documents in a row, with three blocks each way; the kernel is interpreted, as there is no TPU."""
+    sequence, random = 384, np.random.default_rng(0)
+    shapes = (2, sequence, 2, 2, N), (2, sequence, 2, N), (2, sequence, 2, N)
+    arrays = [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
+    segments = jnp.asarray([np.repeat([1, 2, 0], [100, 250, 34]), np.ones(sequence, int)], jnp.int32)
+    keys = Keys(jnp.arange(sequence), None, jnp.broadcast_to(jnp.arange(sequence), segments.shape), segments)
+
+    def out_and_gradients(function):
+        def total(*operands):
+            out = function(*operands)
+            return jnp.sum(jnp.sin(out)), out
+
+        gradients, out = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*arrays)
+        return out, *gradients
+
+    ours = out_and_gradients(lambda *operands: splash.attention(scoring, *operands, segments, interpret=True))
+    wanted = out_and_gradients(lambda *operands: attend(*operands, keys, scoring, ONE, "plain"))
+    for a, b in zip(ours, wanted, strict=True):
+        assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)
+
+
 def test_what_does_not_serve_is_refused_by_name():
-    with pytest.raises(ValueError, match="'flash' is unknown: tbjax knows 'plain', 'blockwise', 'cudnn'"):
+    with pytest.raises(ValueError, match="'flash' is unknown: tbjax knows 'plain', 'blockwise', 'cudnn', 'splash'"):
         attend(*operands(), keys(False), SCORINGS["causal"], ONE, "flash")
-    with pytest.raises(ValueError, match="not of NVIDIA GPUs"):
+    with pytest.raises(ValueError, match="'cudnn' does not serve here: the mesh is not of NVIDIA GPUs"):
         attend(*operands(), keys(False), SCORINGS["causal"], ONE, "cudnn")
+    with pytest.raises(ValueError, match="'splash' does not serve here: the mesh is not of TPUs"):
+        attend(*operands(), keys(False), SCORINGS["causal"], ONE, "splash")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "sequence", "dtype", "change", "reason"),
+    [
+        ("splash", 384, "bfloat16", {}, ""),
+        ("splash", 384, "float32", {"scoring": "softcap", "segments": True}, ""),
+        ("splash", 384, "bfloat16", {"scoring": "window"}, ""),
+        ("splash", 300, "bfloat16", {}, "a sequence that is a multiple of 128, not 300"),
+        ("splash", 384, "float16", {}, "not float16"),
+        ("splash", 384, "bfloat16", {"scoring": "alibi"}, "no ALiBi"),
+        ("splash", 384, "bfloat16", {"padded": True}, "without padding"),
+        ("cudnn", 300, "bfloat16", {"scoring": "window"}, ""),
+        ("cudnn", 300, "float32", {}, "needs 16 bits, not float32"),
+        ("cudnn", 300, "float16", {"scoring": "softcap"}, "neither a cap of scores nor ALiBi"),
+        ("cudnn", 300, "float16", {"segments": True}, "no documents packed in a row"),
+        ("cudnn", 300, "float16", {"padded": True}, "without padding"),
+    ],
+)
+def test_a_kernel_serves_where_it_knows_all_that_is_asked(kernel, sequence, dtype, change, reason, monkeypatch):
+    """The rules ask nothing of a device but what it is."""
+    platform = {"splash": "tpu", "cudnn": "gpu"}[kernel]
+    device = SimpleNamespace(platform=platform, compute_capability="9.0", device_kind="a kind")
+    monkeypatch.setattr(attend_module, "_device", lambda _: device)
+    query = jax.ShapeDtypeStruct((1, sequence, K, G, N), jnp.dtype(dtype))
+    row = jnp.zeros((1, sequence), jnp.int32)
+    asked = Keys(row[0], row == 0 if "padded" in change else None, row, row if "segments" in change else None)
+    said = KERNELS[kernel].refuses(query, asked, SCORINGS[change.get("scoring", "causal")], ONE)
+    assert bool(said) == bool(reason)
+    assert reason in said

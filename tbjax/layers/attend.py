@@ -3,26 +3,28 @@
     plain      all scores at once: short sequences, and decoding, where there is one query
     blockwise  a block of queries at a time, forwards and backwards, so that scores never stand in memory as a whole
     cudnn      NVIDIA's fused kernel, for what it knows
+    splash     TPU's (`tbjax.layers.splash`), likewise
 
-Each computes the same function. `implementation=None` takes cuDNN where it serves, and otherwise as large a block as a
-fixed budget of scores allows, which for short sequences is all queries: plain. No form keeps scores for the backward
-pass; the first two compute them again from queries and keys.
+Each computes the same function. `implementation=None` takes the device's kernel where it serves, and otherwise as large
+a block as a fixed budget of scores allows, which for short sequences is all queries: plain. No form keeps scores for
+the backward pass; all compute them again from queries and keys.
 
 B batch, S queries, T keys, K key-value heads, G queries per key-value head, N head dimension, Q queries of a block.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from tbjax.sharding import Sharding
 
-Implementation: TypeAlias = Literal["plain", "blockwise", "cudnn"]
+Implementation: TypeAlias = Literal["plain", "blockwise", "cudnn", "splash"]
 Arrays = TypeVar("Arrays")
 
 # A masked score: finite, so that a row which may attend to nothing (left padding) stays finite too.
@@ -39,6 +41,9 @@ BLOCK_MULTIPLE = 128
 # What cuDNN's fused attention takes, as jax.nn.dot_product_attention checks it; wider heads only on newer devices.
 CUDNN_CAPABILITY = 8.0
 CUDNN_HEAD_DIM = 128
+
+# Splash attention's blocks of queries and keys are multiples of a TPU's lanes, and whole ones must make the sequence.
+SPLASH_MULTIPLE = 128
 
 
 class Keys(NamedTuple):
@@ -75,15 +80,13 @@ def attend(
     if implementation not in (None, *get_args(Implementation)):
         known = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"implementation={implementation!r} is unknown: tbjax knows {known}.")
-    reason = _cudnn_refuses(query, keys, scoring, sharding)
-    if implementation == "cudnn" and reason:
-        raise ValueError(f"implementation='cudnn' does not serve here: {reason}.")
-    if implementation == "cudnn" or (implementation is None and not reason):
-        dims = "batch", None, "kv_heads", None
-        like_keys, like_queries = (sharding.activation(d, a.shape) for d, a in ((dims, key), ((*dims, None), query)))
-        # Per device: the compiler would otherwise ask JAX how to cut the kernel, which fails in a pipeline stage.
-        run = sharding.per_device(partial(_cudnn, scoring), (like_queries, like_keys, like_keys), like_queries)
-        return run(query, key, value)
+    for name, kernel in KERNELS.items():
+        if implementation in (None, name):
+            reason = kernel.refuses(query, keys, scoring, sharding)
+            if not reason:
+                return _by_kernel(kernel, query, key, value, keys, scoring, sharding)
+            if implementation == name:
+                raise ValueError(f"implementation={name!r} does not serve here: {reason}.")
     on_device = sharding.shard_shape(("batch", None, "kv_heads", None, None), query.shape)
     rows, _, heads, group, _ = on_device
     block = block_queries(query.shape[1], key.shape[1], rows * heads * group)
@@ -103,9 +106,46 @@ def block_queries(queries: int, keys: int, heads: int) -> int:
     return min(queries, math.ceil(queries / blocks / BLOCK_MULTIPLE) * BLOCK_MULTIPLE)
 
 
+# The kernels of devices.
+
+
+class Kernel(NamedTuple):
+    """Attention of one device's rows and heads, as a vendor wrote it."""
+
+    # Why it does not serve, in words; empty where it does.
+    refuses: Callable[[jax.Array, Keys, Scoring, Sharding], str]
+    # The arguments are how scores are made, queries, keys, values and documents.
+    run: Callable[[Scoring, jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+
+def _by_kernel(
+    kernel: Kernel,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    keys: Keys,
+    scoring: Scoring,
+    sharding: Sharding,
+) -> jax.Array:
+    dims = "batch", None, "kv_heads", None
+    like_queries, like_keys = (sharding.activation(d, a.shape) for d, a in (((*dims, None), query), (dims, key)))
+    rows = PartitionSpec(like_queries[0], None)
+    # Per device: the compiler would otherwise ask JAX how to cut the kernel, which fails in a pipeline stage.
+    run = sharding.per_device(partial(kernel.run, scoring), (like_queries, like_keys, like_keys, rows), like_queries)
+    return run(query, key, value, keys.segments)
+
+
+def _device(sharding: Sharding) -> Any:
+    """One of the mesh's devices; None where it has but their number."""
+    return sharding.mesh.devices.flat[0] if isinstance(sharding.mesh, Mesh) else None
+
+
+def _padding_refused(keys: Keys) -> str:
+    return "" if keys.valid is None else "it is used where queries and keys are the same tokens, without padding"
+
+
 def _cudnn_refuses(query: jax.Array, keys: Keys, scoring: Scoring, sharding: Sharding) -> str:
-    """Why cuDNN does not serve, in words; empty where it does."""
-    device: Any = sharding.mesh.devices.flat[0] if isinstance(sharding.mesh, Mesh) else None
+    device = _device(sharding)
     if device is None or device.platform not in ("gpu", "cuda"):
         return "the mesh is not of NVIDIA GPUs"
     if float(getattr(device, "compute_capability", 0)) < CUDNN_CAPABILITY:
@@ -116,14 +156,14 @@ def _cudnn_refuses(query: jax.Array, keys: Keys, scoring: Scoring, sharding: Sha
         return f"it needs a head dimension up to {CUDNN_HEAD_DIM} and a multiple of 8, not {query.shape[-1]}"
     if scoring.softcap is not None or scoring.slopes is not None:
         return "it knows neither a cap of scores nor ALiBi"
-    if keys.valid is not None:
-        return "it is used where queries and keys are the same tokens, without padding"
     if keys.segments is not None:
         return "it knows no documents packed in a row (segments), but by a mask of all queries times all keys"
-    return ""
+    return _padding_refused(keys)
 
 
-def _cudnn(scoring: Scoring, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def _cudnn(
+    scoring: Scoring, query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array | None
+) -> jax.Array:
     b, s, k, g, n = query.shape
     out = jax.nn.dot_product_attention(
         query.reshape(b, s, k * g, n),
@@ -135,6 +175,33 @@ def _cudnn(scoring: Scoring, query: jax.Array, key: jax.Array, value: jax.Array)
         implementation="cudnn",
     )
     return out.reshape(query.shape)
+
+
+def _splash_refuses(query: jax.Array, keys: Keys, scoring: Scoring, sharding: Sharding) -> str:
+    device = _device(sharding)
+    if device is None or device.platform != "tpu":
+        return "the mesh is not of TPUs"
+    if query.dtype == jnp.float16:
+        return "TPUs compute in bfloat16 or float32, not float16"
+    if query.shape[1] % SPLASH_MULTIPLE:
+        return f"it needs a sequence that is a multiple of {SPLASH_MULTIPLE}, not {query.shape[1]}"
+    if scoring.slopes is not None:
+        return "it knows no ALiBi"
+    return _padding_refused(keys)
+
+
+def _splash(
+    scoring: Scoring, query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array | None
+) -> jax.Array:
+    from tbjax.layers import splash  # Pallas takes long to import, and serves on TPUs alone
+
+    return splash.attention(scoring, query, key, value, segments)
+
+
+KERNELS: Mapping[str, Kernel] = {
+    "cudnn": Kernel(_cudnn_refuses, _cudnn),
+    "splash": Kernel(_splash_refuses, _splash),
+}
 
 
 # Blocks of queries. Written with its own backward pass: taken apart by the compiler's differentiation, a policy that

@@ -1,5 +1,5 @@
 """The command line: `tbjax plan`, `tbjax verify`, `tbjax convert`, `tbjax generate`, `tbjax pipeline`,
-`tbjax train`.
+`tbjax train`, `tbjax hardware`, `tbjax models`.
 
 Commands import what they need when they run, so that `--help` answers at once.
 """
@@ -12,6 +12,7 @@ from rich.console import Console
 from interop.convert import Dtype, asking_about_pickles, convert
 from tbjax.pipeline.command import pipeline
 from tbjax.planner.command import plan, verify
+from tbjax.planner.listing import hardware, models
 from tbjax.terminal import parse_mesh, provide_cpu_devices, readable_errors
 from tbjax.training.command import train
 
@@ -26,6 +27,8 @@ app.command()(verify)
 app.command()(convert)
 app.command()(train)
 app.command()(pipeline)
+app.command()(hardware)
+app.command()(models)
 
 
 @app.command()

@@ -43,7 +43,7 @@ def closest(name: str) -> str:
     if near:
         return f"Did you mean {' or '.join(dict.fromkeys(_index()[match] for match in near))}?"
     owners = dict.fromkeys(known.partition("/")[0] for known in names())
-    return f"There are {len(names())} of them, by {', '.join(owners)}: tbjax.planner.models.names() lists them."
+    return f"There are {len(names())} of them, by {', '.join(owners)}: `tbjax models` lists them."
 
 
 def names() -> tuple[str, ...]:

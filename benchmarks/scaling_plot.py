@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks.scaling import GiB, Point, efficiencies
+from tbjax.pages.markup import Child, Markup, element
 from tbjax.planner import words
-from tbjax.planner.markup import Child, Markup, element
 
 # What the project asks of weak scaling.
 TARGET = 0.8

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from tbjax.mesh import AXES
+from tbjax.pages.markup import Child, Markup, element
 from tbjax.planner import floor, words
 from tbjax.planner.hardware import Cluster
-from tbjax.planner.markup import Child, Markup, element
 from tbjax.planner.workload import Layout
 
 # Neighbouring groups differ: as many colours as a group has neighbours in a drawing, and one more.

@@ -1,28 +1,24 @@
 """A plan as one HTML file that needs nothing else, and as a fragment of one for notebooks.
 
-The page is a function of the plan's public attributes. It has no scripts, fonts, images or addresses outside itself
-(its own Content-Security-Policy forbids them), so it can be mailed, opened on a phone and printed. Drawings have a text
-alternative, bars have letters that the tables beside them explain, and every number in a picture also stands in a
-table.
+The page is a function of the plan's public attributes. Drawings have a text alternative, bars have letters that the
+tables beside them explain, and every number in a picture also stands in a table.
 """
 
 import importlib.metadata
-import importlib.resources
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from tbjax.pages import sheet
+from tbjax.pages.markup import Child, Markup, element
+from tbjax.pages.sheet import COLOURS, note, section, table
 from tbjax.pipeline.picture import svg
 from tbjax.planner import compared, drawing, floor, words
-from tbjax.planner.markup import Child, Markup, element
 from tbjax.planner.timeline import timeline
 
 if TYPE_CHECKING:
     from tbjax.planner.plan import Plan
     from tbjax.planner.search import Candidate
     from tbjax.planner.verify import Verification
-
-# Colours of the style sheet; a plan with more parts begins again, which the letters keep apart.
-COLOURS = 10
 
 # A letter needs so much of a bar: 16 of about 320 pixels, on a phone.
 LEGIBLE_SHARE = 0.05
@@ -49,33 +45,12 @@ def page(plan: "Plan", verification: "Verification | None" = None) -> str:
         _hardware(plan),
         _foot(plan),
     ]
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return "<!DOCTYPE html>\n" + element(
-        "html",
-        element(
-            "head",
-            element("meta", charset="utf-8"),
-            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            element("meta", name="color-scheme", content="light dark"),
-            element("meta", http_equiv="Content-Security-Policy", content=policy),
-            element("title", words.heading(plan)),
-            element("style", Markup("body { margin: 0; }\n" + _style())),
-        ),
-        element("body", element("main", element("div", sections, class_="sheet"), class_="tbjax-plan page")),
-        lang="en",
-    )
+    return sheet.page(words.heading(plan), sections)
 
 
 def fragment(plan: "Plan") -> str:
     """What a notebook shows of a plan: the figures, the mesh, memory and time, with styles that touch nothing else."""
-    content = [_head(plan), _mesh(plan), _memory(plan), _time(plan)]
-    return element(
-        "div", element("style", Markup(_style())), element("div", content, class_="sheet"), class_="tbjax-plan fragment"
-    )
-
-
-def _style() -> str:
-    return importlib.resources.files("tbjax.planner").joinpath("page.css").read_text(encoding="utf-8")
+    return sheet.fragment(_head(plan), _mesh(plan), _memory(plan), _time(plan))
 
 
 # The sections, in their order.
@@ -103,7 +78,7 @@ def _head(plan: "Plan") -> Markup:
 def _in_words(plan: "Plan") -> Markup:
     head = (words.verdict(plan), *plan.remedy)
     said = [line for line in plan.explain().splitlines() if line not in head]
-    return _section("In words", [element("p", line) for line in said])
+    return section("In words", [element("p", line) for line in said])
 
 
 def _mesh(plan: "Plan") -> Markup:
@@ -113,8 +88,8 @@ def _mesh(plan: "Plan") -> Markup:
         for axis, size in layout.mesh.items()
         if size > 1
     ]
-    table = _table(("Axis", "#Size", "Lies", "Cuts"), axes) if axes else element("p", "One device: nothing is cut.")
-    return _section("The mesh", table, _torus(plan) if cluster.topology else _nodes(plan))
+    cut = table(("Axis", "#Size", "Lies", "Cuts"), axes) if axes else element("p", "One device: nothing is cut.")
+    return section("The mesh", cut, _torus(plan) if cluster.topology else _nodes(plan))
 
 
 def _nodes(plan: "Plan") -> Markup:
@@ -138,7 +113,7 @@ def _nodes(plan: "Plan") -> Markup:
     notes = [f"One frame, in one colour: a group of {layout.mesh[axis]} along {axis}."] if layout.devices > 1 else []
     if 1 < len(rows) < layout.pp:
         notes.append(f"The {layout.pp - len(rows)} stages that are not drawn are like these.")
-    return element("div", parts, _note(" ".join(notes)) if notes else None, class_="drawing")
+    return element("div", parts, note(" ".join(notes)) if notes else None, class_="drawing")
 
 
 def _torus(plan: "Plan") -> Markup:
@@ -163,10 +138,10 @@ def _torus(plan: "Plan") -> Markup:
         element(
             "div",
             element("div", drawing.torus(layout, cluster), class_="scroll"),
-            _table(("Dimension", "#Chips", "Carries", "Closes to"), carried),
+            table(("Dimension", "#Chips", "Carries", "Closes to"), carried),
             class_="torus",
         ),
-        _note(" ".join(notes)),
+        note(" ".join(notes)),
         class_="drawing",
     )
 
@@ -188,7 +163,7 @@ def _runners_up(plan: "Plan") -> Markup | None:
         )
         for name, each in contenders
     ]
-    return _section("The plan and its runners-up", _table(("", "Mesh", "#Memory", "#Time"), rows, chosen=0))
+    return section("The plan and its runners-up", table(("", "Mesh", "#Memory", "#Time"), rows, chosen=0))
 
 
 def _memory(plan: "Plan") -> Markup:
@@ -206,11 +181,11 @@ def _memory(plan: "Plan") -> Markup:
     foot = [("In all", words.gib(plan.memory.total), ""), ("A program may hold", words.gib(limit), "")]
     if plan.memory.host:
         foot.append(("In the host's memory", words.gib(plan.memory.host), ""))
-    return _section(
+    return section(
         f"Memory of one {words.device(plan.cluster)}",
         _beside(
-            [element("div", bars, class_="bars"), _note(" ".join(notes))],
-            _table(("This plan", "#Size", "#Share"), _shares(plan.memory.parts, scale), foot),
+            [element("div", bars, class_="bars"), note(" ".join(notes))],
+            table(("This plan", "#Size", "#Share"), _shares(plan.memory.parts, scale), foot),
         ),
     )
 
@@ -228,11 +203,11 @@ def _time(plan: "Plan") -> Markup:
             ("Prefill", words.seconds(plan.time.prefill), ""),
             ("A new token", words.seconds(plan.time.decode), ""),
         ]
-    return _section(
+    return section(
         "Time of a step" if plan.workload.training else "Time to serve",
         _beside(
             element("div", bars, class_="bars"),
-            _table(("This plan", "#Time", "#Share"), _shares(plan.time.parts, scale), foot),
+            table(("This plan", "#Time", "#Share"), _shares(plan.time.parts, scale), foot),
         ),
     )
 
@@ -245,10 +220,10 @@ def _timeline(plan: "Plan") -> Markup | None:
     if pipeline.microbatches < plan.layout.microbatches:
         fewer = f"Drawn with {pipeline.microbatches} of the {words.count(plan.layout.microbatches)} microbatches"
         notes.insert(0, f"{fewer}: of the whole step the idle part is smaller.")
-    return _section(
+    return section(
         "The pipeline",
         element("div", Markup(svg(pipeline)), class_="scroll timeline", tabindex=0),
-        _note(" ".join(notes)),
+        note(" ".join(notes)),
     )
 
 
@@ -257,24 +232,24 @@ def _verified(plan: "Plan", verification: "Verification | None") -> Markup | Non
         return None
     both = "#Predicted", "#Compiled", "#Difference"
     talk, time = compared.collectives(verification), compared.time(verification)
-    return _section(
+    return section(
         "What the compiler says",
         element("p", compared.verdict(verification), class_=f"verdict {'good' if verification.fits else 'bad'}"),
-        _table(
+        table(
             (f"On one {words.device(plan.cluster)}", *both),
             compared.memory(plan, verification),
         ),
-        [element("h3", "Time"), _table(("", "#Time"), time)] if time else None,
+        [element("h3", "Time"), table(("", "#Time"), time)] if time else None,
         element("h3", "Collectives: what is sent, how often they run, and their bytes"),
         [
-            _table(("Sent by one device along", *both), compared.sent(verification)),
-            _table(("Kind", "Along", *both[:2], *both[:2]), talk),
+            table(("Sent by one device along", *both), compared.sent(verification)),
+            table(("Kind", "Along", *both[:2], *both[:2]), talk),
         ]
         if talk
         else element("p", "None."),
         element("h3", "The compiler's own account"),
-        _table(("Memory", "#Size"), compared.kinds(verification.compiled)),
-        _note(" ".join(compared.notes(verification))),
+        table(("Memory", "#Size"), compared.kinds(verification.compiled)),
+        note(" ".join(compared.notes(verification))),
     )
 
 
@@ -286,10 +261,10 @@ def _rejected(plan: "Plan") -> Markup | None:
         for rejection in plan.rejected
     ]
     total = sum(rejection.count for rejection in plan.rejected)
-    return _section(
+    return section(
         "Why not otherwise",
         element("p", f"{words.count(total)} meshes were turned down."),
-        _table(("Reason", "#Meshes", "For example"), rows),
+        table(("Reason", "#Meshes", "For example"), rows),
     )
 
 
@@ -301,7 +276,7 @@ def _hardware(plan: "Plan") -> Markup | None:
     return element(
         "section",
         element(
-            "details", element("summary", "Where the figures of the hardware stand"), _table(("Figure", "Source"), rows)
+            "details", element("summary", "Where the figures of the hardware stand"), table(("Figure", "Source"), rows)
         ),
     )
 
@@ -314,51 +289,9 @@ def _foot(plan: "Plan") -> Markup:
 # What the sections are made of.
 
 
-def _note(text: str) -> Markup:
-    return element("p", text, class_="note")
-
-
 def _beside(pictures: Child, table: Markup) -> Markup:
     """Pictures with their table to the right, or below where that is too narrow."""
     return element("div", element("div", pictures), table, class_="beside")
-
-
-def _section(heading: str, *content: Child) -> Markup:
-    return element("section", element("h2", heading), *content)
-
-
-def _table(
-    head: Sequence[str],
-    rows: Iterable[Sequence[Child]],
-    foot: Iterable[Sequence[Child]] = (),
-    chosen: int | None = None,
-) -> Markup:
-    """A table that scrolls in its own box. The columns whose head begins with # are numbers."""
-    numbers = [name.startswith("#") for name in head]
-
-    def row(cells: Sequence[Child], marked: bool = False) -> Markup:
-        return element(
-            "tr",
-            element("th", cells[0], scope="row"),
-            [
-                element("td", cell, class_="number" if number else None)
-                for cell, number in zip(cells[1:], numbers[1:], strict=True)
-            ],
-            class_="chosen" if marked else None,
-        )
-
-    heads = [
-        element("th", name.lstrip("#"), scope="col", class_="number" if number else None)
-        for name, number in zip(head, numbers, strict=True)
-    ]
-    footing = [row(cells) for cells in foot]
-    table = element(
-        "table",
-        element("thead", element("tr", heads)),
-        element("tbody", [row(cells, index == chosen) for index, cells in enumerate(rows)]),
-        element("tfoot", footing) if footing else None,
-    )
-    return element("div", table, class_="scroll", tabindex=0)
 
 
 def _present(contenders: Iterable[Mapping[str, float]]) -> dict[str, int]:

@@ -173,7 +173,7 @@ def test_a_fragments_styles_touch_nothing_but_the_fragment(plan):
         for selector in block.split(",")
     ]
     assert selectors
-    assert [selector for selector in selectors if not selector.startswith(".tbjax-plan")] == []
+    assert [selector for selector in selectors if not selector.startswith(".tbjax-sheet")] == []
 
 
 def test_a_fragment_is_what_a_notebook_shows(plan):
@@ -213,7 +213,7 @@ def test_the_page_is_whole_on_a_phone_and_a_laptop_by_day_and_by_night(plan, chr
 def test_dark_mode_is_dark_and_light_mode_is_light(chromium, tmp_path):
     path = tmp_path / "plan.html"
     path.write_text(page(plans.PLANS["64 GPUs"]()), encoding="utf-8")
-    ground = "getComputedStyle(document.querySelector('.tbjax-plan')).backgroundColor.match(/\\d+/g).map(Number)"
+    ground = "getComputedStyle(document.querySelector('.tbjax-sheet')).backgroundColor.match(/\\d+/g).map(Number)"
     chromium.open(path, *SIZES["laptop"], dark=False)
     assert min(chromium.evaluate(ground)) > 240
     chromium.open(path, *SIZES["laptop"], dark=True)

@@ -3,7 +3,7 @@ from html.parser import HTMLParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tbjax.planner.markup import Markup, element, joined
+from tbjax.pages.markup import Markup, element, joined
 
 
 class Reader(HTMLParser):

@@ -31,6 +31,7 @@ from tbjax.model import Decoder
 from tbjax.pipeline import inference
 from tbjax.pipeline.schedule import NAMED, Schedule, named
 from tbjax.pipeline.stages import cut_for
+from tbjax.planner import words
 from tbjax.planner.plan import Plan
 from tbjax.planning import plan as plan  # part of the face
 from tbjax.planning import settings_of
@@ -38,6 +39,7 @@ from tbjax.prompts import Prompt, asked
 from tbjax.sharding import ContextMethod, Sharding, ShardingStrategy
 
 if TYPE_CHECKING:
+    from tbjax.pages.shardings import ShardingMap
     from tbjax.training.config import Defaults
 
 log = logging.getLogger("tbjax")
@@ -145,6 +147,12 @@ class CausalLM(Decoder):
         if not isinstance(mesh, Plan):
             copy.training_defaults = self.training_defaults
         return copy
+
+    def show_sharding(self) -> "ShardingMap":
+        """Where each parameter lies: print it, end a notebook's cell with it, or write it with `.to_html(path)`."""
+        from tbjax.pages.shardings import sharding_map
+
+        return sharding_map(self, words.model(self.config))
 
     def save_pretrained(self, path: str | Path, **options: Any) -> None:
         """Write a Hugging Face checkpoint: safetensors, config.json, generation config, tokenizer.

@@ -14,7 +14,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from tbjax.sharding import Dims, leaves
+from tbjax.sharding import Dims, axes_of, leaves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ def placements(model: nnx.Module) -> Iterator[Placement]:
             shape=shape,
             dtype=array.dtype.name,
             dims=leaf.dims,
-            axes=tuple(() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in spec),
+            axes=tuple(map(axes_of, spec)),
             nbytes=math.prod(shape) * itemsize,
             nbytes_per_device=math.prod(sharding.shard_shape(shape)) * itemsize,
         )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tbjax import checkpoint, layers, training
     from tbjax.api import CausalLM, from_config, load, plan, save
     from tbjax.config import LayerKind, ModelConfig, MoE, Rope
+    from tbjax.hosts import initialize
     from tbjax.mesh import make_mesh
     from tbjax.model import Decoder
     from tbjax.planner.plan import Plan
@@ -38,6 +39,7 @@ _HOMES = {
     "TrainConfig": "tbjax.training.config",
     "TrainResult": "tbjax.training.loop",
     "from_config": "tbjax.api",
+    "initialize": "tbjax.hosts",
     "load": "tbjax.api",
     "make_mesh": "tbjax.mesh",
     "make_train_step": "tbjax.training.loop",
@@ -53,6 +55,7 @@ __all__ = [  # noqa: RUF022 (in the order of a reader's interest)
     "from_config",
     "train",
     "save",
+    "initialize",
     "TrainConfig",
     "TrainResult",
     "make_train_step",

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -14,31 +15,47 @@ LIMIT_SECONDS = 300
 PROLOGUE = """
 import sys
 import jax
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], num_processes=int(sys.argv[2]), process_id=int(sys.argv[3]))
+import tbjax
+tbjax.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
 """
 
 
-def run(script: str, *arguments: str | Path, count: int = 2, devices: int = 4) -> list[str]:
-    """What each of `count` processes prints that run `script`, whose `sys.argv[4:]` are `arguments`."""
+def free_address() -> str:
+    """An address on this machine where nobody listens."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def environment(devices: int, **more: str) -> dict[str, str]:
+    """The environment of a process with so many CPU devices of its own."""
+    return {
+        **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
+        **more,
     }
+
+
+def start(*command: str | Path, variables: Mapping[str, str]) -> subprocess.Popen[str]:
+    """A process whose output is kept, in the environment `variables`."""
+    return subprocess.Popen(
+        list(map(str, command)),
+        env=dict(variables),
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def run(script: str, *arguments: str | Path, count: int = 2, devices: int = 4) -> list[str]:
+    """What each of `count` processes prints that run `script`, whose `sys.argv[4:]` are `arguments`."""
+    address, variables = free_address(), environment(devices)
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROLOGUE + script, address, str(count), str(index), *map(str, arguments)],
-            env=environment,
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        start(sys.executable, "-c", PROLOGUE + script, address, str(count), str(index), *arguments, variables=variables)
         for index in range(count)
     ]
     try:

@@ -19,19 +19,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from tbjax.cut import Cut
 from tbjax.layers.context import arranged, to_natural_order
 from tbjax.model import Decoder, Hidden
-from tbjax.pipeline.exchange import Exchange, route, table
 from tbjax.pipeline.graph import NONE
 from tbjax.pipeline.grid import IDLE, Cell, Grid, lay_out
 from tbjax.pipeline.schedule import ForwardOnly, Kind, Schedule
-from tbjax.pipeline.stages import Payload, Stage, Tokens, Weights, cuts, finish, join, specs, split
+from tbjax.pipeline.stages import Payload, Stage, Tokens, Weights, finish, join, over_stages, specs
 from tbjax.pipeline.training import StageRemat, State, TrainingStage, when
 
 # As `Loss`, with the whole batch as its last argument: what a microbatch's part is measured by is counted there.
 WholeLoss = Callable[[Decoder, Hidden, Any, Any], jax.Array]
 
+# How stages share the table of the grid, each its own column, and the microbatches, each all of them.
+_SPECS = PartitionSpec(None, "pp"), PartitionSpec()
 
 # (cell, microbatch, activation, gradient, state) -> state, what is sent to a neighbour
 Task = Callable[[Cell, Any, Payload, Payload, Any], tuple[Any, Payload]]
@@ -53,15 +53,20 @@ def pipelined_gradients(
     a microbatch, the microbatch and the whole batch. `remat` says what is kept from forward to backward: see
     `tbjax.pipeline.training`.
     """
-    stored, run = cuts(model, schedule)
-    grid = lay_out(schedule, run.stages, microbatches, saves=remat != "stage")
+    grid = lay_out(schedule, model.sharding.size("pp"), microbatches, saves=remat != "stage")
     if grid.kinds == (Kind.FORWARD, IDLE):
         raise ValueError(f"schedule={schedule.name!r} only runs forward: it trains nothing.")
     if {Kind.BACKWARD, Kind.BACKWARD_WEIGHT} <= {*grid.kinds}:
         raise ValueError(f"schedule={schedule.name!r} splits some backwards and not others: split all or none.")
-    parts = _microbatches(batch, microbatches, model)
-    train = partial(_train, grid=grid, loss=loss, remat=remat)
-    return _over_stages(train, model, stored, run, grid, parts, dtype, (PartitionSpec(), specs(model)))
+    return over_stages(
+        partial(_train, grid=grid, loss=loss, remat=remat),
+        model,
+        schedule,
+        (_table(grid), _microbatches(batch, microbatches, model)),
+        in_specs=_SPECS,
+        out_specs=(PartitionSpec(), specs(model)),
+        dtype=dtype,
+    )
 
 
 def pipelined_hidden(
@@ -69,10 +74,11 @@ def pipelined_hidden(
 ) -> Hidden:
     """`model.hidden` of a batch, run through the stages in microbatches. Every stage gets the result."""
     schedule = ForwardOnly() if schedule is None else schedule
-    stored, run = cuts(model, schedule)
-    grid = lay_out(schedule, run.stages, microbatches)
-    parts = _microbatches(batch, microbatches, model)
-    out = _over_stages(partial(_infer, grid=grid), model, stored, run, grid, parts, dtype, PartitionSpec())
+    grid = lay_out(schedule, model.sharding.size("pp"), microbatches)
+    given = _table(grid), _microbatches(batch, microbatches, model)
+    out = over_stages(
+        partial(_infer, grid=grid), model, schedule, given, in_specs=_SPECS, out_specs=PartitionSpec(), dtype=dtype
+    )
     x = out.x.swapaxes(0, 1).reshape(-1, *out.x.shape[2:])
     return finish(model, out._replace(x=to_natural_order(x, model.sharding)))
 
@@ -86,49 +92,16 @@ def _microbatches(batch: Any, microbatches: int, model: Decoder) -> Any:
     return jax.tree.map(lambda a: jnp.asarray(a).reshape(-1, microbatches, *a.shape[1:]).swapaxes(0, 1), batch)
 
 
-def _over_stages(
-    work: Callable[..., Any], model: Decoder, stored: Cut, run: Cut, grid: Grid, parts: Any, dtype: Any, out_specs: Any
-) -> Any:
-    """`work(cells, stage, exchange, model, parts)` on every stage, which gets its own part of the tables."""
-    way = route(stored, run)
-    spans = [[run.local(stage, chunk) for chunk in range(run.chunks)] for stage in range(run.stages)]
-    tables = Cell(*map(jnp.asarray, grid.cells)), jnp.asarray(spans), jnp.asarray(table(way, grid.stages))
-
-    def on_stage(tables: Any, model: Decoder, parts: Any) -> Any:
-        cells, spans, moves = tables
-        exchange = Exchange(way, moves)
-        weights = split(model)
-        running = join(model, weights._replace(layers=exchange.there(weights.layers)))
-        return work(cells, Stage(running, run, spans[0], dtype), exchange, model, parts)
-
-    own = PartitionSpec("pp")
-    shard_map: Any = jax.shard_map
-    return shard_map(
-        on_stage,
-        mesh=model.sharding.mesh,
-        axis_names={"pp"},
-        in_specs=((PartitionSpec(None, "pp"), own, own), specs(model), PartitionSpec()),
-        out_specs=out_specs,
-        check_vma=False,
-    )(tables, model, parts)
+def _table(grid: Grid) -> Cell:
+    return Cell(*map(jnp.asarray, grid.cells))
 
 
-def _train(
-    cells: Cell,
-    stage: Stage,
-    exchange: Exchange,
-    model: Decoder,
-    parts: Any,
-    *,
-    grid: Grid,
-    loss: WholeLoss,
-    remat: StageRemat,
-) -> Any:
+def _train(stage: Stage, cells: Cell, parts: Any, *, grid: Grid, loss: WholeLoss, remat: StageRemat) -> Any:
     """One stage's part in a step of training."""
     training = TrainingStage.make(
         stage,
         lambda model, hidden, part: loss(model, hidden, part, parts),
-        _part(parts, 0, model),
+        _part(parts, 0, stage.model),
         remat=remat,
         splits=Kind.BACKWARD_WEIGHT in grid.kinds,
     )
@@ -145,23 +118,24 @@ def _train(
         Kind.BACKWARD_INPUT: training.backward,
         Kind.BACKWARD_WEIGHT: late,
     }
-    state = _walk(cells, grid, tasks, parts, stage, training.start(grid.kept_slots))
-    sums = Weights(exchange.back(state.sums.layers), jax.lax.psum(state.sums.ends, "pp"))
-    gradients = jax.tree.map(lambda total, weight: total.astype(weight.dtype), join(model, sums), model)
+    state = _walk(stage, cells, parts, grid, tasks, training.start(grid.kept_slots))
+    sums = Weights(stage.exchange.back(state.sums.layers), jax.lax.psum(state.sums.ends, "pp"))
+    sums = join(stage.model, sums)
+    gradients = jax.tree.map(lambda total, weight: total.astype(weight.dtype), sums, stage.model)
     return jax.lax.psum(state.loss, "pp"), gradients
 
 
-def _infer(cells: Cell, stage: Stage, exchange: Exchange, model: Decoder, parts: Any, *, grid: Grid) -> Payload:
+def _infer(stage: Stage, cells: Cell, parts: Any, *, grid: Grid) -> Payload:
     """One stage's part in a forward pass: what the last piece hands out, of all microbatches."""
 
     def forward(cell: Cell, part: Tokens, payload: Payload, gradient: Payload, state: Payload) -> Any:
         out = stage.forward(cell, part, payload)
-        return when(cell.position == stage.last, lambda state: _collect(state, cell, out), state), out
+        return when(cell.position == stage.last, lambda _, state: _collect(state, cell, out), state), out
 
-    nothing = stage.blank(_part(parts, 0, model))
+    nothing = stage.blank(_part(parts, 0, stage.model))
     state = Payload(_pool(nothing.x, grid.microbatches), nothing.load)
     # Nobody but the stage with the last piece has anything other than zeros.
-    return jax.lax.psum(_walk(cells, grid, {Kind.FORWARD: forward}, parts, stage, state), "pp")
+    return jax.lax.psum(_walk(stage, cells, parts, grid, {Kind.FORWARD: forward}, state), "pp")
 
 
 def _collect(state: Payload, cell: Cell, out: Payload) -> Payload:
@@ -169,22 +143,22 @@ def _collect(state: Payload, cell: Cell, out: Payload) -> Payload:
     return Payload(states, jax.tree.map(jnp.add, state.load, out.load))
 
 
-def _walk(cells: Cell, grid: Grid, tasks: Mapping[int, Task], parts: Any, stage: Stage, state: Any) -> Any:
+def _walk(stage: Stage, cells: Cell, parts: Any, grid: Grid, tasks: Mapping[int, Task], state: Any) -> Any:
     """The scan over ticks: each stage's task, then the transfers."""
 
     def tick(carry: tuple[Payload, Any], row: Cell) -> tuple[tuple[Payload, Any], None]:
         slots, state = carry
         cell = Cell(*(column[0] for column in row))
-        part = _part(parts, cell.microbatch, stage.model)
-        arrived, gradient = _take(slots, cell.activation), _take(slots, cell.gradient)
-        done = state, arrived
+        done = state, jax.tree.map(lambda a: a[0], slots)
         for kind, task in tasks.items():
             if kind in grid.kinds:
 
                 def run(turn: jax.Array, done: tuple[Any, Payload], task: Task = task) -> tuple[Any, Payload]:
                     # Of what does not depend on the turn the compiler would make one for all turns, before the loop:
                     # of pieces of one layer nearly everything, in every tick, whether there is a turn or not.
-                    return task(cell._replace(chunk=cell.chunk + turn), part, arrived, gradient, done[0])
+                    now = Cell(*(number + turn for number in cell))
+                    part = _part(parts, now.microbatch, stage.model)
+                    return task(now, part, _take(slots, now.activation), _take(slots, now.gradient), done[0])
 
                 done = jax.lax.fori_loop(0, (cell.kind == kind).astype(jnp.int32), run, done)
         state, made = done

@@ -15,7 +15,6 @@ G groups, B rows of one, S tokens of a prompt, T capacity of the cache, K key-va
 stage's part of the stack.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,13 +25,13 @@ from jax.sharding import PartitionSpec
 from tbjax.layers.attention import HeadLayout
 from tbjax.layers.cache import KVCache
 from tbjax.model import Decoder, Surroundings
-from tbjax.pipeline.exchange import Exchange, route, table
 from tbjax.pipeline.execute import pipelined_hidden
 from tbjax.pipeline.schedule import ForwardOnly
-from tbjax.pipeline.stages import Stage, cuts, join, specs, split
+from tbjax.pipeline.stages import Stage, over_stages
 
 # Of each position in the pattern the keys and the values, [L, G, B, T, K, N].
 Caches = list[tuple[jax.Array, jax.Array]]
+_OWN = PartitionSpec("pp")  # how they lie over the stages
 
 
 class Unanswered(NamedTuple):
@@ -94,7 +93,7 @@ def prefill(model: Decoder, tokens: jax.Array, mask: jax.Array, capacity: int) -
         _, caches, first = jax.lax.fori_loop(0, shape[0] + stage.cut.stages - 1, tick, carry)
         return jax.lax.psum(first, "pp"), caches
 
-    first, caches = _on_stages(work, model, (tokens, mask))
+    first, caches = _serve(work, model, (tokens, mask), (PartitionSpec(), PartitionSpec()))
     valid = jnp.zeros((*shape, capacity), bool).at[..., : tokens.shape[-1]].set(mask.astype(bool))
     return _together(first, rows)[:, None], KVCache([caches], valid, jnp.int32(tokens.shape[-1]))
 
@@ -108,8 +107,8 @@ def decode(
     # All but the first group are still on their way when the first has come round.
     turns = jnp.asarray(limit) - 1 + (shape[0] > 1)
 
-    def work(stage: "_Stage", *given: Any) -> tuple[jax.Array, Caches]:
-        first, valid, length, eos, limit, turns, caches = given
+    def work(stage: "_Stage", given: tuple[Any, ...], caches: Caches) -> tuple[jax.Array, Caches]:
+        first, valid, length, eos, limit, turns = given
         slots = jnp.arange(valid.shape[-1])
 
         def tick(number: jax.Array, carry: Any) -> Any:
@@ -150,15 +149,12 @@ def decode(
         return jax.lax.psum(jnp.where(stage.is_last, out, 0), "pp"), caches
 
     given = _grouped(first, shape)[..., 0], cache.valid, cache.length, eos, jnp.asarray(limit), turns
-    out, caches = _on_stages(work, model, given, cache.layers[0])
+    out, caches = _serve(work, model, (given, cache.layers[0]), (PartitionSpec(), _OWN))
     return _together(out, rows), KVCache([caches], cache.valid, cache.length)
 
 
-@dataclasses.dataclass(frozen=True)
 class _Stage(Stage):
     """A stage that serves."""
-
-    index: jax.Array
 
     @property
     def is_first(self) -> jax.Array:
@@ -213,32 +209,12 @@ class _Stage(Stage):
         return self.model.sharding.constrain(chosen.astype(jnp.int32), None, None)
 
 
-def _on_stages(
-    work: Callable[..., tuple[jax.Array, Caches]], model: Decoder, given: tuple[Any, ...], caches: Caches | None = None
+def _serve(
+    work: Callable[..., tuple[jax.Array, Caches]], model: Decoder, given: tuple[Any, ...], in_specs: tuple[Any, ...]
 ) -> tuple[jax.Array, Caches]:
-    """`work(stage, *given, caches)` on every stage, which gets its own part of the caches alone."""
-    stored, run = cuts(model, ForwardOnly())
-    way, stages = route(stored, run), range(run.stages)
-    spans = [[run.local(stage, 0)] for stage in stages]
-    tables = jnp.arange(run.stages), jnp.asarray(spans), jnp.asarray(table(way, run.stages))
-
-    def on_stage(tables: Any, model: Decoder, given: tuple[Any, ...], caches: Caches | None) -> Any:
-        index, spans, moves = tables
-        weights = split(model)
-        running = join(model, weights._replace(layers=Exchange(way, moves).there(weights.layers)))
-        stage = _Stage(running, run, spans[0], model.dtype, index[0])
-        return work(stage, *given) if caches is None else work(stage, *given, caches)
-
-    own = PartitionSpec("pp")
-    shard_map: Any = jax.shard_map
-    return shard_map(
-        on_stage,
-        mesh=model.sharding.mesh,
-        axis_names={"pp"},
-        in_specs=(own, specs(model), PartitionSpec(), own),
-        out_specs=(PartitionSpec(), own),
-        check_vma=False,
-    )(tables, model, given, caches)
+    """`work(stage, *given)` on every stage: what it returns first is the same on all, the caches are each one's own."""
+    out_specs = PartitionSpec(), _OWN
+    return over_stages(work, model, ForwardOnly(), given, in_specs=in_specs, out_specs=out_specs, kind=_Stage)
 
 
 def _kept(model: Decoder, cache: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ of all layers together. Its gradient comes back in the same form.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -21,6 +21,7 @@ from tbjax.config import ModelConfig
 from tbjax.cut import Cut, cut
 from tbjax.layers.moe import RouterLoad
 from tbjax.model import Decoder, Hidden, Surroundings, auxiliary_loss
+from tbjax.pipeline.exchange import Exchange, route, table
 from tbjax.pipeline.grid import Cell
 from tbjax.pipeline.schedule import Schedule
 from tbjax.sharding import leaves
@@ -103,6 +104,8 @@ class Stage:
     model: Decoder
     cut: Cut
     spans: jax.Array  # [chunks, 2]: of each of the stage's own chunks the first row, and how many
+    index: jax.Array  # which stage it is
+    exchange: Exchange  # by which the layers have come
     dtype: Any
 
     @property
@@ -123,17 +126,17 @@ class Stage:
         own = self.spans[cell.chunk]
         return own[0], own[1]
 
-    def enter(self, part: Tokens) -> Payload:
+    def enter(self, tokens: jax.Array) -> Payload:
         """What the first piece begins with."""
         load = None
         if self.model.config.moe is not None:
             zeros = jnp.zeros(self.model.config.moe.experts, jnp.float32)
             load = RouterLoad(zeros, zeros, jnp.float32(0))
-        return self.lay(Payload(self.model.start(part.tokens, self.dtype), load))
+        return self.lay(Payload(self.model.start(tokens, self.dtype), load))
 
     def blank(self, part: Tokens) -> Payload:
         """A payload of zeros."""
-        return self.lay(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(self.enter, part)))
+        return self.lay(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(self.enter, part.tokens)))
 
     def lay(self, payload: Payload) -> Payload:
         """Tells the compiler how a payload is to lie within the stage."""
@@ -145,7 +148,9 @@ class Stage:
 
     def arrive(self, cell: Cell, part: Tokens, payload: Payload) -> Payload:
         """What the piece that the cell names begins with: tokens for the first, otherwise what has arrived."""
-        return jax.lax.cond(cell.position == 0, lambda payload: self.enter(part), lambda payload: payload, payload)
+        return jax.lax.cond(
+            cell.position == 0, lambda payload: self.enter(part.tokens), lambda payload: payload, payload
+        )
 
     def forward(self, cell: Cell, part: Tokens, payload: Payload) -> Payload:
         """The piece that the cell names, from what the piece before handed out."""
@@ -164,6 +169,45 @@ class Stage:
     def row(self, row: Any) -> list[Any]:
         """The weights of one repeat."""
         return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, row, keepdims=False), list(self.model.stacks[0]))
+
+
+def over_stages(
+    work: Callable[..., Any],
+    model: Decoder,
+    schedule: Schedule,
+    given: tuple[Any, ...],
+    *,
+    in_specs: tuple[Any, ...],
+    out_specs: Any,
+    dtype: Any = None,
+    kind: type[Stage] = Stage,
+) -> Any:
+    """`work(stage, *given)` on every stage, with its layers where `schedule` runs them.
+
+    `in_specs` and `out_specs` say how what is given and returned lies over the axis `pp`, as `shard_map` takes it;
+    `kind` is what a stage is made as.
+    """
+    stored, run = cuts(model, schedule)
+    way = route(stored, run)
+    spans = [[run.local(stage, chunk) for chunk in range(run.chunks)] for stage in range(run.stages)]
+    tables = jnp.asarray(spans), jnp.arange(run.stages), jnp.asarray(table(way, run.stages))
+
+    def on_stage(tables: Any, model: Decoder, *given: Any) -> Any:
+        spans, index, moves = tables
+        exchange = Exchange(way, moves)
+        weights = split(model)
+        running = join(model, weights._replace(layers=exchange.there(weights.layers)))
+        return work(kind(running, run, spans[0], index[0], exchange, dtype), *given)
+
+    shard_map: Any = jax.shard_map
+    return shard_map(
+        on_stage,
+        mesh=model.sharding.mesh,
+        axis_names={"pp"},
+        in_specs=(PartitionSpec("pp"), specs(model), *in_specs),
+        out_specs=out_specs,
+        check_vma=False,
+    )(tables, model, *given)
 
 
 def finish(model: Decoder, payload: Payload) -> Hidden:

@@ -8,7 +8,9 @@ Gradients are summed in float32 over the microbatches, each layer's into its row
 gradient of one microbatch never stands in memory as a whole.
 
 All that grows is in one `State`, and tasks are loops of one turn or none (`when`). They could be branches, but what
-passes through a branch XLA copies, and with a loop it does not: a copy of all gradients, in time and memory.
+passes through a branch XLA copies, and with a loop it does not: a copy of all gradients, in time and memory. A loop has
+a price of its own: what does not depend on the turn the compiler makes before it, turn or no turn. So a task reads by
+way of the turn's number, which is always zero, whatever it alone needs.
 """
 
 import dataclasses
@@ -42,9 +44,9 @@ class State(NamedTuple):
     loss: jax.Array
 
 
-def when(condition: jax.Array, task: Callable[[Carried], Carried], carried: Carried) -> Carried:
-    """`task(carried)` if the condition holds, else `carried`: in place, as a loop of one turn or none."""
-    return jax.lax.fori_loop(0, condition.astype(jnp.int32), lambda _, carried: task(carried), carried)
+def when(condition: jax.Array, task: Callable[[jax.Array, Carried], Carried], carried: Carried) -> Carried:
+    """`task(turn, carried)` if the condition holds, else `carried`: in place, as a loop of one turn or none."""
+    return jax.lax.fori_loop(0, condition.astype(jnp.int32), task, carried)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ class TrainingStage:
     @classmethod
     def make(cls, stage: Stage, loss: Loss, part: Tokens, *, remat: StageRemat, splits: bool) -> "TrainingStage":
         """For microbatches like `part`; `splits` says that weight gradients are tasks of their own."""
-        payload = jax.eval_shape(stage.enter, part)
+        payload = jax.eval_shape(stage.enter, part.tokens)
         policy: Policy = "full" if remat == "stage" else remat
         saves = remat != "stage"
         layer = stage.layer, stage.row(0), stage.around(part), payload
@@ -84,9 +86,9 @@ class TrainingStage:
         is_last = cell.position == self.stage.last
         if self.saves:
             state, out = self._ahead(cell, part, payload, state)
-            return when(is_last, lambda carried: self._end(part, *carried), (state, out))
+            return when(is_last, lambda _, carried: self._end(part, *carried), (state, out))
         # Its backward runs forward again: of the last piece nobody else needs the result.
-        return state, when(~is_last, lambda payload: self.stage.forward(cell, part, payload), payload)
+        return state, when(~is_last, lambda _, payload: self.stage.forward(cell, part, payload), payload)
 
     def backward(
         self, cell: Cell, part: Tokens, payload: Payload, gradient: Payload, state: State
@@ -96,7 +98,7 @@ class TrainingStage:
             state, out = self._ahead(cell, part, payload, state)
             out = jax.tree.map(lambda a, b: jnp.where(cell.position == self.stage.last, a, b), out, gradient)
             is_last = cell.position == self.stage.last
-            state, gradient = when(is_last, lambda carried: self._end(part, *carried), (state, out))
+            state, gradient = when(is_last, lambda _, carried: self._end(part, *carried), (state, out))
         around, (first, count) = self.stage.around(part), self.stage.span(cell)
 
         def back(turn: jax.Array, carry: tuple[Payload, State]) -> tuple[Payload, State]:
@@ -110,7 +112,11 @@ class TrainingStage:
             return gradient, self._put_pairs(cell, row, pairs, state._replace(sums=sums))
 
         gradient, state = jax.lax.fori_loop(0, count, back, (self.stage.lay(gradient), state))
-        ends = when(cell.position == 0, lambda ends: self._begin(gradient, part, ends), state.sums.ends)
+
+        def begin(turn: jax.Array, ends: list[jax.Array]) -> list[jax.Array]:
+            return self._begin(gradient, part.tokens + turn, ends)
+
+        ends = when(cell.position == 0, begin, state.sums.ends)
         return state._replace(sums=state.sums._replace(ends=ends)), gradient
 
     def weights(self, cell: Cell, part: Tokens, state: State) -> State:
@@ -170,11 +176,11 @@ class TrainingStage:
         sums = state.sums._replace(ends=self._add_ends(state.sums.ends, found))
         return state._replace(sums=sums, loss=state.loss + value), self.stage.lay(gradient)
 
-    def _begin(self, gradient: Payload, part: Tokens, sums: list[jax.Array]) -> list[jax.Array]:
+    def _begin(self, gradient: Payload, tokens: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
         """The sums of the ends' gradients, with the embedding's."""
 
         def enter(ends: list[jax.Array]) -> Payload:
-            return dataclasses.replace(self.stage, model=self._with_ends(ends)).enter(part)
+            return dataclasses.replace(self.stage, model=self._with_ends(ends)).enter(tokens)
 
         _, pull = jax.vjp(enter, split(self.stage.model).ends)
         return self._add_ends(sums, *pull(gradient))

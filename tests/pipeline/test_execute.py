@@ -3,6 +3,9 @@
 Every schedule, kind of model and way to cut a stage is here once; their product is in `test_execute_all`.
 """
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,18 +113,20 @@ def test_hidden_states_are_those_of_the_model_without_a_pipeline(name, mesh, sch
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh", "schedule"),
+    ("name", "mesh", "schedule", "layers"),
     [
-        ("dense", INSIDE, OneFOneB()),
-        pytest.param("dense", INSIDE, ZBH1(), marks=pytest.mark.slow),
-        pytest.param("experts", {"pp": 2, "ep": 2, "tp": 2}, OneFOneB(), marks=pytest.mark.slow),
-        pytest.param("odd heads", {"pp": 2, "tp": 2}, OneFOneB(), marks=pytest.mark.slow),
+        ("dense", INSIDE, ZBV(), 4),  # pieces of one layer
+        pytest.param("dense", INSIDE, OneFOneB(), 8, marks=pytest.mark.slow),
+        pytest.param("dense", INSIDE, ZBH1(), 8, marks=pytest.mark.slow),
+        pytest.param("experts", {"pp": 2, "ep": 2, "tp": 2}, OneFOneB(), 8, marks=pytest.mark.slow),
+        pytest.param("odd heads", {"pp": 2, "tp": 2}, OneFOneB(), 8, marks=pytest.mark.slow),
     ],
 )
-def test_between_stages_there_are_permutes_and_one_sum_of_the_ends(name, mesh, schedule):
-    sharding = on(mesh)
-    compiled = gradients(4, schedule, "full").lower(born(name, sharding), batch()).compile()
-    found = hlo.read(str(compiled.as_text()), {axis: sharding.mesh.shape[axis] for axis in sharding.mesh.axis_names})
+def test_in_a_tick_there_are_permutes_between_stages_and_what_the_task_takes(name, mesh, schedule, layers):
+    sharding = dataclasses.replace(on(mesh), cut=cut(layers, mesh["pp"], schedule))
+    compiled = gradients(4, schedule, "full").lower(born(name, sharding, layers), batch()).compile()
+    text = str(compiled.as_text())
+    found = hlo.read(text, {axis: sharding.mesh.shape[axis] for axis in sharding.mesh.axis_names})
     between = [c for c in found.collectives if "pp" in c.axes]
     assert {c.kind for c in between} == {"collective-permute", "all-reduce"}
     assert all(c.axes == ("pp",) for c in between)
@@ -131,6 +136,17 @@ def test_between_stages_there_are_permutes_and_one_sum_of_the_ends(name, mesh, s
     assert total.bytes <= ends
     # A permute within a stage would make other stages wait, which do something else.
     assert [c.axes for c in found.collectives if c.kind == "collective-permute"] == [("pp",)]
+    # Outside of the tasks' own loops a tick computes nothing: that would be done whether there is such a task or not.
+    tick = body_of_the_ticks(text)
+    assert "while(" in tick
+    assert "dot(" not in tick
+
+
+def body_of_the_ticks(text):
+    """The instructions of the loop that sends to neighbours, with those of its fusions."""
+    parts = {part.split(" ", 1)[0]: part for part in re.findall(r"^%?(\S+ \(.*?^\})", text, re.DOTALL | re.MULTILINE)}
+    [tick] = [part for part in parts.values() if "collective-permute(" in part]
+    return tick + "".join(parts[name] for name in re.findall(r"calls=%?([\w.\-]+)", tick))
 
 
 def test_what_cannot_be_cut_is_refused_with_what_would_do():

@@ -8,8 +8,9 @@ import math
 
 from tbjax.planner.workload import Schedule
 
-# Slots for what arrives at a stage in the interleaved schedule, for up to eight stages.
-MOST_ARRIVALS = 5
+# Slots for what arrives at a stage in the interleaved schedule: a group of microbatches is as many as there are stages,
+# and half of one waits for its turn; what else there is takes this many where stages are few.
+FEWEST_ARRIVALS = 5
 
 
 def activations_in_flight(schedule: Schedule, stages: int, microbatches: int, chunks: int = 1) -> float:
@@ -44,4 +45,10 @@ def arrivals_in_flight(
         # One gradient on its way; in ZB-V, whose stages run a piece from each end of the model, three.
         pieces, gradients = (2, 3) if schedule == "zb-v" else (chunks, 1)
         return math.ceil(pieces * activations_in_flight(schedule, stages, microbatches, chunks)) + gradients
-    return microbatches if schedule == "gpipe" else MOST_ARRIVALS if schedule == "interleaved" else 3
+    match schedule:
+        case "gpipe":
+            return microbatches
+        case "interleaved":
+            return max(FEWEST_ARRIVALS, stages // 2 + 1)
+        case _:
+            return 3

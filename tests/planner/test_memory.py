@@ -133,6 +133,7 @@ SCHEDULES = [
     for microbatches in (2, 4, 8, 16)
     if name != "interleaved" or microbatches % stages == 0
 ]
+SCHEDULES += [(name, stages, 2 * stages) for name in ("1f1b", "interleaved", "zb-v") for stages in (12, 16)]
 
 
 @pytest.mark.parametrize(("name", "stages", "microbatches"), SCHEDULES)

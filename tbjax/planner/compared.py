@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tbjax.planner import words
+from tbjax.planner import hlo, words
 
 if TYPE_CHECKING:
     from tbjax.planner.plan import Plan
@@ -88,15 +88,13 @@ def sent(verification: "Verification") -> list[tuple[str, str, str, str]]:
 
     What is less than a thousandth of all is left out: the sums of a few numbers.
     """
-    totals: dict[tuple[str, ...], list[int]] = {}
-    for column, found in enumerate((verification.predicted, verification.collectives)):
-        for each in found:
-            totals.setdefault(each.axes, [0, 0])[column] += each.sent
-    whole = max(sum(total) for total in zip(*totals.values(), strict=True)) if totals else 0
-    rows = sorted(totals.items(), key=lambda row: -max(row[1]))
+    predictions, compilations = hlo.sent(verification.predicted), verification.sent
+    whole = max(predictions.total(), compilations.total())
+    rows = [(axes, predictions[axes], compilations[axes]) for axes in predictions | compilations]
+    rows.sort(key=lambda row: -max(row[1:]))
     return [
         (_along(axes), words.gib(predicted), words.gib(compiled), difference(predicted, compiled))
-        for axes, (predicted, compiled) in rows
+        for axes, predicted, compiled in rows
         if 1000 * max(predicted, compiled) >= whole > 0
     ]
 
@@ -128,8 +126,13 @@ def notes(verification: "Verification") -> list[str]:
     if verification.seconds:
         clock = verification.cluster.hardware.clock
         said.append(
-            f"Cycles are the compiler's estimate, loops included, at {clock / 1e9:g} GHz: transfers that run beside "
-            "are not in them."
+            f"Cycles are the compiler's estimate for a whole device, loops included, at {clock / 1e9:g} GHz: transfers "
+            "that run beside are not in them."
+        )
+    if untold := verification.compiled.untold:
+        said.append(
+            f"Nor are {words.count(untold)} runs of kernels (such as splash attention) or of ragged products, whose "
+            "cycles the compiler cannot tell."
         )
     if any("pp" in collective.axes for collective in verification.collectives):
         said.append("Collectives are counted as on a stage that has both ends of the model.")

@@ -116,18 +116,22 @@ def _compile_inference(case: Case, sharding: Sharding) -> list[Program]:
 
     # A prompt of one token at least: a cache is written by reading a prompt.
     prompt = array(rows, max(workload.prompt_len, 1))
-    lowered = generate._prefill.lower(model, prompt, prompt, workload.seq_len)
+    whole = NamedSharding(sharding.mesh, PartitionSpec())
+    scalar, ends, of_rows, truths = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+        for shape, dtype in (((), jnp.int32), ((1,), jnp.int32), ((rows,), jnp.int32), ((rows,), bool))
+    )
+    answers = generate.Rows(written=of_rows, least=of_rows)
+    lowered = generate.prefill.lower(model, prompt, prompt, {}, answers, ends, truths, capacity=workload.seq_len)
     prefill, compiled = _measure("prefill", lowered, case)
     if not workload.new_tokens:
         return [prefill]
-    first, cache = jax.tree.map(
+    _, state = jax.tree.map(
         lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
         lowered.out_info,
         compiled.output_shardings,
     )
-    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(sharding.mesh, PartitionSpec()))
-    ends = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=scalar.sharding)
-    lowered = generate._decode.lower(model, first, cache, ends, scalar, workload.new_tokens)
+    lowered = generate.decode.lower(model, state, {}, ends, scalar, room=workload.new_tokens)
     return [prefill, _measure("decode", lowered, case)[0]]
 
 
@@ -151,6 +155,7 @@ def _measure(name: str, lowered: Any, case: Case) -> tuple[Program, Any]:
         cycles=found.cycles,
         unknown_loops=found.unknown_loops,
         seconds=seconds,
+        untold=found.untold,
     )
     return program, compiled
 

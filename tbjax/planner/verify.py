@@ -23,7 +23,7 @@ from rich.console import Console
 
 from tbjax.config import ModelConfig
 from tbjax.plain import plain, restore
-from tbjax.planner import traffic
+from tbjax.planner import hlo, traffic
 from tbjax.planner.compilers import Compiler, compiler_for, environment, require
 from tbjax.planner.cost import step_time
 from tbjax.planner.hardware import Cluster, cluster
@@ -48,9 +48,10 @@ class Program:
     # offloaded to the host) and the compiler's own peak, 0 where it does not say.
     bytes: Mapping[str, int]
     collectives: tuple[Collective, ...]
-    cycles: int  # TPU: the compiler's estimate for one core, loops included; 0 elsewhere
+    cycles: int  # TPU: the compiler's estimate for a device, loops included; 0 elsewhere
     unknown_loops: int  # loops whose trip count the program does not tell (decoding until the end): counted once
     seconds: float  # that compiling took
+    untold: int = 0  # TPU: instructions run whose cycles the compiler cannot tell, kernels and ragged products
 
     @property
     def total(self) -> int:
@@ -91,6 +92,11 @@ class Verification:
         return self.compiled.collectives
 
     @property
+    def sent(self) -> Counter[tuple[str, ...]]:
+        """Bytes that leave one device, by the mesh axes along which they go."""
+        return hlo.sent(self.collectives)
+
+    @property
     def compile_seconds(self) -> float:
         return sum(program.seconds for program in self.programs)
 
@@ -100,7 +106,10 @@ class Verification:
 
     @property
     def seconds(self) -> float:
-        """TPU: the compiler's estimate of the time that a device computes, transfers left out; 0 elsewhere."""
+        """TPU: the compiler's estimate of the time that a device computes, without transfers and what is `untold`.
+
+        0 elsewhere.
+        """
         clock = self.cluster.hardware.clock
         return self.cycles / clock if clock else 0.0
 
@@ -217,4 +226,5 @@ def _extrapolate(shallow: Program, deep: Program, depths: tuple[int, int], layer
         cycles=at_depth(shallow.cycles, deep.cycles),
         unknown_loops=deep.unknown_loops,
         seconds=shallow.seconds + deep.seconds,
+        untold=at_depth(shallow.untold, deep.untold),
     )

@@ -140,7 +140,36 @@ def test_loops_multiply_what_they_hold_and_loops_in_them():
     found = hlo.read(text, MESH)
     assert {(c.kind, c.count, c.bytes) for c in found.collectives} == {("all-reduce", 3, 96), ("all-gather", 15, 960)}
     assert found.cycles == 3 * 100 + 7
-    assert found.unknown_loops == 0
+    assert (found.untold, found.unknown_loops) == (1, 0)
+
+
+def test_a_loop_that_counts_in_twos_turns_half_as_often():
+    text = program(
+        "ROOT %w = (s32[], f32[8]) while(%p), condition=%cond.1, body=%body.3",
+        computations=f"""{LOOPS}
+
+%body.3 (p: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %i = s32[] get-tuple-element(%p), index=0
+  %two = s32[] constant(2)
+  %next = s32[]{{:T(128)}} add(%i, %two), metadata={{op_name="a"}}
+  %f = f32[8]{{0}} fusion(%x), kind=kLoop, calls=%fused, backend_config={{"estimated_cycles":"100"}}
+  ROOT %t = (s32[], f32[8]) tuple(%next, /*index=1*/%f)
+}}""",
+    )
+    found = hlo.read(text, MESH)
+    assert [c.count for c in found.collectives] == [2]  # from 0 to 3
+    assert found.cycles == 200
+
+
+def test_what_a_kernel_notes_of_itself_over_several_lines_ends_no_computation():
+    text = program(
+        '%k = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={',
+        '"xprof_metadata":"{\\"block_q\\": 512}"',
+        '}}, metadata={op_name="a"}',
+        'ROOT %c = f32[8]{0} copy(%k), backend_config={"estimated_cycles":"7"}',
+    )
+    found = hlo.read(text.replace('  "x', '"x').replace("  }}", "}}"), MESH)
+    assert (found.cycles, found.untold) == (7, 1)
 
 
 def test_a_loop_whose_trips_are_unknown_counts_once_and_is_reported():

@@ -10,10 +10,10 @@ out; and Llama-2-70B from 64 devices upwards at a fixed batch for each device, w
 program is whole, compiled for all of its devices: none of them is there, and no layer is left out.
 
 From the compiler come the bytes of one device and what it exchanges with others in a step. The seconds of a step are
-the planner's, for the very layout that was compiled; what the compiler for TPU takes one core to compute stands beside
-them as `core`. Efficiency is that of weak scaling: tokens per second and device, as a share of those on the smallest
-cluster. It is efficiency on paper: no link is slower than its vendor says, no device waits for another that has more to
-do, and none fails.
+the planner's, for the very layout that was compiled; what the compiler for TPU takes a device to compute, without the
+kernels of attention, which it cannot price, stands beside them. Efficiency is that of weak scaling: tokens per second
+and device, as a share of those on the smallest cluster. It is efficiency on paper: no link is slower than its vendor
+says, no device waits for another that has more to do, and none fails.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tbjax.planner import traffic, words
+from tbjax.planner import hlo, traffic, words
 from tbjax.planner.cost import Time, mfu, step_time
 from tbjax.planner.hardware import Cluster, cluster
 from tbjax.planner.hlo import Collective, collective
@@ -43,9 +43,6 @@ from tbjax.planning import model_config, plan
 
 FILE = Path(__file__).with_suffix(".csv")
 GiB = 1 << 30
-
-# What the compiler for TPU writes for the cycles of an instruction that it cannot estimate, a product of ragged groups.
-UNTOLD = (1 << 63) - 1
 
 # Columns of the tables.
 WIDTH = 144
@@ -109,15 +106,14 @@ class Compiled(NamedTuple):
     alias: int
     temp: int
     peak: int
-    cycles: int  # TPU: the compiler's estimate of what one core computes
+    cycles: int  # TPU: the compiler's estimate of what a device computes
+    untold: int  # TPU: runs of kernels and ragged products, which are not in it
     seconds: float  # of the processor, for the process that compiled: from its imports to its end
     collectives: tuple[Collective, ...]
 
     @property
     def total(self) -> int:
-        """What a device must have free. What libtpu calls temporaries is more than it allocates; its peak is right."""
-        if self.case.where.hardware.vendor == "google":
-            return self.peak
+        """What a device must have free."""
         return self.argument + self.output - self.alias + self.temp
 
     @property
@@ -127,16 +123,13 @@ class Compiled(NamedTuple):
     @property
     def sent(self) -> Counter[str]:
         """Bytes that leave one device in a step, by the mesh axes along which they go."""
-        result: Counter[str] = Counter()
-        for exchanged in self.collectives:
-            result["+".join(exchanged.axes)] += exchanged.sent
-        return +result
+        return +Counter({"+".join(axes): size for axes, size in hlo.sent(self.collectives).items()})
 
     @property
-    def core_seconds(self) -> float:
-        """TPU: how long the compiler takes one core to compute, transfers left out; 0 where it does not say."""
+    def computing(self) -> float:
+        """TPU: seconds that the compiler takes a device to compute, transfers left out; 0 elsewhere."""
         clock = self.case.where.hardware.clock
-        return self.cycles / clock if clock and self.cycles < UNTOLD else 0.0
+        return self.cycles / clock if clock else 0.0
 
 
 class Point(NamedTuple):
@@ -193,6 +186,7 @@ def _compiled(case: Case, layout: Layout, place: int, said: Verification, second
         place=place,
         jax=importlib.metadata.version("jax"),
         cycles=program.cycles,
+        untold=program.untold,
         seconds=round(seconds, 1),
         collectives=program.collectives,
         **kinds,
@@ -201,7 +195,7 @@ def _compiled(case: Case, layout: Layout, place: int, said: Verification, second
 
 # --- Keeping ----------------------------------------------------------------------------------------------------------
 
-_NUMBERS = ("place", "argument", "output", "alias", "temp", "peak", "cycles")
+_NUMBERS = ("place", "argument", "output", "alias", "temp", "peak", "cycles", "untold")
 
 
 def kept(file: Path = FILE) -> dict[Case, Compiled]:
@@ -274,7 +268,7 @@ def table(title: str, points: Sequence[Point], *, efficiency: bool) -> Table:
     result = Table(title=title, title_justify="left", box=box.SIMPLE)
     for heading in ("on" if efficiency else "model, on", "mesh"):
         result.add_column(heading, no_wrap=True)
-    figures = ("GiB", "planned", "sent GiB", "planned", "compile", "core", "step", "MFU")
+    figures = ("GiB", "planned", "sent GiB", "planned", "compile", "computes", "step", "MFU")
     for heading in (*figures, "efficiency") if efficiency else figures:
         result.add_column(heading, justify="right", no_wrap=True)
     for one, share in zip(points, efficiencies(points), strict=True):
@@ -290,15 +284,15 @@ def _figures(one: Point) -> list[str]:
     case, compiled, time, (config, _) = one.case, one.compiled, one.time, model_config(one.case.model)
     held = memory(config, case.workload, one.layout, case.where.hardware).total
     sent = sum(each.sent for each in traffic.collectives(config, case.workload, one.layout))
-    mine, exchanged, seconds, core = "-", "-", "-", "-"
+    mine, exchanged, seconds, computes = "-", "-", "-", "-"
     if compiled:
         mine, seconds = f"{compiled.total / GiB:.1f}", f"{compiled.seconds:.0f} s"
         told = [(axes, size) for axes, size in compiled.sent.most_common() if size > GiB / 20]
         exchanged = "\n".join(f"{axes} {size / GiB:.1f}" for axes, size in told)
-        core = words.seconds(compiled.core_seconds) if compiled.core_seconds else "-"
+        computes = words.seconds(compiled.computing) if compiled.computing else "-"
     share = mfu(time, config, case.workload, case.where)
     planned = f"{held / GiB:.1f}", f"{sent / GiB:.1f}"
-    return [mine, planned[0], exchanged, planned[1], seconds, core, words.seconds(time.total), f"{share:.1%}"]
+    return [mine, planned[0], exchanged, planned[1], seconds, computes, words.seconds(time.total), f"{share:.1%}"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -30,6 +30,7 @@ def compiled(hosts: int, layout: Layout, **figures: int) -> Compiled:
         place=1,
         jax="0.10.2",
         cycles=0,
+        untold=0,
         seconds=1.5,
         collectives=(
             collective("all-gather", ("fsdp",), 4, 800, layout.mesh),

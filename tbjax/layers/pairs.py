@@ -89,12 +89,7 @@ class Pairs:
             weights = jnp.exp(scores - highest[..., None])
             weights = weights if seen is None else jnp.where(seen, weights, 0)
             kept = _heads_last(jnp.exp(before - highest))
-            found = jnp.einsum(
-                "bkgqt,btkn->bqkgn",
-                weights.astype(chunk.value.dtype),
-                chunk.value,
-                preferred_element_type=jnp.float32,
-            )
+            found = _einsum("bkgqt,btkn->bqkgn", weights.astype(chunk.value.dtype), chunk.value)
             total = running.total * kept + _heads_last(jnp.sum(weights, axis=-1))
             return Running(running.values * kept[..., None] + found, _heads_last(highest), total)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from tbjax.terminal import parse_mesh, provide_cpu_devices, readable_errors
+from tbjax.terminal import join_hosts, parse_mesh, readable_errors, run
 
 if TYPE_CHECKING:
     from tbjax.config import ModelConfig
@@ -75,7 +75,7 @@ def convert(
         if dry_run:
             asking_about_pickles(lambda trusted: _print_plan(source, shape, dtype, revision, trusted), trust_pickle)
         elif destination is not None:
-            provide_cpu_devices(shape)  # before the first import of JAX
+            join_hosts(shape, quiet=quiet)  # before the first import of JAX
             _check_destination(source, destination, to, overwrite)
             _convert(source, destination, to, shape, dtype, revision, trust_pickle, overwrite, quiet)
 
@@ -85,7 +85,7 @@ app.command()(convert)
 
 
 def main() -> None:
-    app(prog_name="tbjax-convert")
+    run(app, "tbjax-convert")
 
 
 # --- The work ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from interop.convert import Dtype, asking_about_pickles, convert
 from tbjax.pipeline.command import pipeline
 from tbjax.planner.command import plan, verify
 from tbjax.planner.listing import hardware, models
-from tbjax.terminal import parse_mesh, provide_cpu_devices, readable_errors
+from tbjax.terminal import join_hosts, parse_mesh, readable_errors, run
 from tbjax.training.command import train
 
 app = typer.Typer(
@@ -50,7 +50,9 @@ def generate(
     """Continue a text, greedily."""
     shape = parse_mesh(mesh)
     with readable_errors(debug=debug):
-        provide_cpu_devices(shape)
+        join_hosts(shape)
+        import jax
+
         import tbjax
 
         options = {"dtype": dtype, "revision": revision}
@@ -59,11 +61,12 @@ def generate(
         )
         asked = [{"role": "user", "content": prompt}] if chat else prompt
         answer = loaded.generate(asked, max_new_tokens=max_new_tokens)
-        Console(highlight=False, markup=False, soft_wrap=True).print(answer)
+        if jax.process_index() == 0:
+            Console(highlight=False, markup=False, soft_wrap=True).print(answer)
 
 
 def main() -> None:
-    app(prog_name="tbjax")
+    run(app, "tbjax")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ import contextlib
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -53,8 +55,35 @@ def parse_mesh(text: str | None) -> tuple[int, ...] | dict[str, int] | None:
     return sizes
 
 
-def provide_cpu_devices(mesh: Sequence[int] | dict[str, int] | None) -> None:
-    """Let the CPU stand in for as many devices as `mesh` has.
+def join_hosts(mesh: Sequence[int] | dict[str, int] | None, *, quiet: bool = False, **options: Any) -> None:
+    """What a command does before JAX is imported: CPU devices for `mesh`, and joining the processes of its job.
+
+    `options` are those of `tbjax.initialize`.
+    """
+    from tbjax.hosts.launchers import this_job
+
+    job = this_job()
+    provide_cpu_devices(mesh, job.processes or 1)
+    if not job.alone:
+        from tbjax.hosts import initialize
+
+        initialize(quiet=quiet, **options)
+
+
+def run(app: typer.Typer, name: str) -> None:
+    """Run a command line to its end. A process that failed does not wait for the others of its job."""
+    try:
+        app(prog_name=name)
+    except SystemExit as end:
+        if end.code == FAILED and "jax" in sys.modules:
+            from tbjax.hosts import leave
+
+            leave(FAILED)
+        raise
+
+
+def provide_cpu_devices(mesh: Sequence[int] | dict[str, int] | None, processes: int = 1) -> None:
+    """Let the CPU stand in for as many devices as `mesh` has, or for this process's share of them.
 
     Does nothing where JAX has been imported or told already, and changes nothing on a machine with accelerators: JAX
     prefers them to the CPU.
@@ -62,7 +91,7 @@ def provide_cpu_devices(mesh: Sequence[int] | dict[str, int] | None) -> None:
     sizes = list(mesh.values() if isinstance(mesh, dict) else mesh or ())
     told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not told and all(size > 0 for size in sizes):
-        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(math.prod(sizes)))
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(max(1, math.prod(sizes) // processes)))
 
 
 @contextlib.contextmanager

@@ -15,8 +15,10 @@ own variables may add what a launcher leaves open; where they say otherwise, tha
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 # Ports from here on belong to nobody (RFC 6335 has 49152 to 65535); the last 4096 are where JAX too puts coordinators.
 _FIRST_PORT, _PORTS = 61440, 4096
@@ -54,6 +56,11 @@ class Contradiction(ValueError):
     """The environment says two things about one."""
 
 
+def this_job() -> Job:
+    """The job that this process is of."""
+    return recognise(os.environ, tpu_vm=on_tpu_vm())
+
+
 def recognise(environment: Mapping[str, str], *, tpu_vm: bool = False) -> Job:
     """The job that `environment` speaks of; `SINGLE` where it speaks of none.
 
@@ -71,6 +78,13 @@ def recognise(environment: Mapping[str, str], *, tpu_vm: bool = False) -> Job:
             )
         return Job(launcher="TPU VM", detection=_BY_METADATA) if tpu_vm else SINGLE
     return _checked(_completed(found, said))
+
+
+def on_tpu_vm() -> bool:
+    """Whether this is a TPU's host: its chips are devices of the kernel. (A machine without may have libtpu too.)"""
+    if os.environ.get("TPU_SKIP_MDS_QUERY") or os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] not in ("tpu", ""):
+        return False
+    return Path("/dev/accel0").exists() or any(Path(f"/dev/vfio/{index}").exists() for index in range(8))
 
 
 def explicit(coordinator: str | None, processes: int | None, process: int | None) -> Job:

@@ -179,8 +179,8 @@ def _missing(members: Sequence[Member], processes: int, where: str, waited: floa
     some = ", ".join(map(str, members[:8])) + (", ..." if len(members) > 8 else "")
     subject, verb = ("process", "is") if len(lacking) == 1 else ("processes", "are")
     return (
-        f"{subject} {few} of {processes} {verb} missing: process 0 waited {waited:.0f} s at {where}. There were: {some}. Have the missing started, and can "
-        "their hosts reach that address?"
+        f"{subject} {few} of {processes} {verb} missing: process 0 waited {waited:.0f} s at {where}. There were: "
+        f"{some}. Have the missing started, and can their hosts reach that address?"
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import tbjax
 from tbjax.hosts import launchers
-from tbjax.hosts.initialize import own_devices
+from tbjax.hosts.joining import own_devices
 from tests import processes
 
 SCRIPT = """

@@ -15,7 +15,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +22,7 @@ import jax
 from rich.console import Console
 
 from tbjax.hosts import meeting
-from tbjax.hosts.launchers import SINGLE, Job, explicit, recognise
+from tbjax.hosts.launchers import Job, explicit, on_tpu_vm, this_job
 
 # How long to wait for all processes: hosts of one job may start minutes apart, where images have to be fetched first.
 MEETING_SECONDS = 300.0
@@ -33,6 +32,16 @@ HEARTBEAT_SECONDS = 100
 
 # What torchrun's store has the coordinator's address under.
 _KEY = "tbjax/coordinator"
+
+# What would do where JAX did not find out who this process is.
+_REMEDIES = {
+    "gcetpu": "This is a TPU's host; if it is the only one, set TPU_SKIP_MDS_QUERY=1.",
+    "k8s": "Let the manifest set JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES (examples/multi_node/jobset.yaml).",
+    "mpi4py": (
+        "Open MPI does not say where process 0 runs: start with `mpirun -x JAX_COORDINATOR_ADDRESS=HOST:PORT`, or "
+        "install mpi4py."
+    ),
+}
 
 # JAX's meeting comes after ours, when all are there: it takes moments.
 _LEAST_SECONDS = 30
@@ -88,17 +97,12 @@ def initialize(
     given = any(argument is not None for argument in arguments)
     if _done:
         return _the_same(_done[0], num_processes, process_id)
-    job = explicit(*arguments) if given else recognise(os.environ, tpu_vm=_on_tpu_vm())
+    job = explicit(*arguments) if given else this_job()
     found = _met(job, timeout, heartbeat_timeout)
     _done.append(found)
     if not quiet:
         Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"tbjax: {found}")
     return found
-
-
-def launched() -> bool:
-    """Whether a launcher started this process together with others, as far as the environment says."""
-    return not recognise(os.environ, tpu_vm=_on_tpu_vm()).alone
 
 
 def leave(code: int) -> None:
@@ -123,9 +127,12 @@ def _met(job: Job, timeout: float, heartbeat_timeout: int) -> Hosts:
         common: dict[str, Any] = {"heartbeat_timeout_seconds": heartbeat_timeout}
         if job.detection is not None:
             coordinator = "found by JAX"
-            jax.distributed.initialize(
-                cluster_detection_method=job.detection, initialization_timeout=int(timeout), **common
-            )
+            try:
+                jax.distributed.initialize(
+                    cluster_detection_method=job.detection, initialization_timeout=int(timeout), **common
+                )
+            except (ValueError, RuntimeError, OSError, ImportError) as error:
+                raise meeting.NotMet(f"{error} {_REMEDIES[job.detection]}") from error
         else:
             began = time.monotonic()
             coordinator, members = _meet(job, timeout)
@@ -135,7 +142,7 @@ def _met(job: Job, timeout: float, heartbeat_timeout: int) -> Hosts:
                 coordinator,
                 job.processes,
                 job.process,
-                local_device_ids=own_devices(job, _on_tpu_vm()),
+                local_device_ids=own_devices(job, on_tpu_vm()),
                 initialization_timeout=int(max(_LEAST_SECONDS, left)),
                 cluster_detection_method="deactivate",
                 **common,
@@ -230,13 +237,6 @@ def own_devices(job: Job, tpu_vm: bool = False) -> list[int] | None:
     return list(range(index * share, (index + 1) * share))
 
 
-def _on_tpu_vm() -> bool:
-    """Whether this is a TPU's host: its chips are devices of the kernel. (A machine without may have libtpu too.)"""
-    if os.environ.get("TPU_SKIP_MDS_QUERY") or os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] not in ("tpu", ""):
-        return False
-    return Path("/dev/accel0").exists() or any(Path(f"/dev/vfio/{index}").exists() for index in range(8))
-
-
 def _the_same(done: Hosts, num_processes: int | None, process_id: int | None) -> Hosts:
     for name, asked, found in (
         ("num_processes", num_processes, done.processes),
@@ -259,6 +259,3 @@ def _leaving(before: Callable[..., Any]) -> Callable[..., Any]:
 
 def _devices(count: int, kind: str) -> str:
     return f"{count} device{'s' * (count > 1)} ({kind})"
-
-
-__all__ = ["SINGLE", "Hosts", "initialize", "launched", "leave", "own_devices"]

@@ -1,0 +1,23 @@
+"""What stays the same of a run whose machine does not.
+
+A run that goes on with other devices than it began with learns the same only if a step is over the same sequences. So
+the batch of a step is fixed, and not a figure of each device; what fewer devices cannot hold at once they take in
+turn, by accumulation. The order of the data and the schedule of the learning rate follow the step alone, and the
+checkpoint does not care on which mesh it was written.
+"""
+
+
+def accumulation(batch: int, ways: int, at_once: int) -> int:
+    """In how many parts a step takes `batch` sequences over `ways` shares, so that each has `at_once` or fewer.
+
+    The fewest that divide the batch evenly.
+    """
+    if batch % ways:
+        fitting = next(count for count in range(ways, 0, -1) if batch % count == 0)
+        raise ValueError(
+            f"a batch of {batch} sequences cannot be shared out over {ways} data-parallel devices: a batch that is a "
+            f"multiple of {ways}, or a mesh with dp * fsdp * ep = {fitting}, would do. For a run whose devices come "
+            "and go choose a batch that all their numbers divide."
+        )
+    share = batch // ways
+    return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= at_once)

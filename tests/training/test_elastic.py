@@ -1,0 +1,26 @@
+"""The batch of a step is the same on any number of devices; the run itself is shown in tests/hosts/test_elastic.py."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tbjax.training.elastic import accumulation
+
+
+@pytest.mark.parametrize(
+    ("batch", "ways", "at_once", "parts"), [(8, 4, 2, 1), (8, 2, 2, 2), (8, 1, 2, 4), (24, 2, 5, 3), (7, 1, 2, 7)]
+)
+def test_fewer_devices_take_more_turns(batch, ways, at_once, parts):
+    assert accumulation(batch, ways, at_once) == parts
+
+
+@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 8))
+def test_every_sequence_has_its_turn_and_no_device_more_than_it_may(share, ways, at_once):
+    parts = accumulation(share * ways, ways, at_once)
+    assert share % parts == 0
+    assert share // parts <= at_once
+
+
+def test_a_batch_that_the_devices_cannot_share_says_what_would_do():
+    with pytest.raises(ValueError, match=r"8 sequences .* 3 data-parallel devices.*dp \* fsdp \* ep = 2"):
+        accumulation(8, 3, 2)

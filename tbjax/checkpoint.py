@@ -1,11 +1,12 @@
 """A model on disk in its own shape: each process writes and reads what its devices hold, in Orbax's format.
 
 A checkpoint is a folder that appears under its name only when every process has written its part, in place of what may
-have stood there:
+have stood there (`tbjax.writing`):
 
-    parameters/   Orbax arrays, named by their paths in the tree (`stacks.0.0.attention.query.weight`)
-    about/        JSON: the `ModelConfig`, and the companions: small text files that travel with the weights unread
-                  (a caller's tokenizer, say)
+    parameters/       arrays, named by their paths in the tree (`stacks.0.0.attention.query.weight`; `tbjax.stored`)
+    about/metadata    JSON: the `ModelConfig`, and the companions: small text files that travel with the weights unread
+                      (a caller's tokenizer, say)
+    manifest          size and digest of every file, against which all that is read is checked (`tbjax.manifest`)
 
 The arrays' names and shapes do not depend on the mesh (stacks have the layers in their own order, see `tbjax.rows`), so
 that a checkpoint is restored onto any other one: `restore` takes the abstract model of the mesh it is to live on, and
@@ -18,27 +19,27 @@ reads from the files what those shards need.
 
 import contextlib
 import dataclasses
-import shutil
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from flax import nnx
 
-from tbjax import rows
+from tbjax import manifest, rows, stored
 from tbjax.config import LayerKind, ModelConfig, MoE, Rope
 from tbjax.dtypes import narrows
-from tbjax.folders import check_free, in_first_process, put
-from tbjax.sharding import leaves
+from tbjax.folders import agree_all, check_free
+from tbjax.manifest import Verify
+from tbjax.sharding import by_path, with_arrays
+from tbjax.writing import Writing
 
 # Raised when a reader of today would misread the files of then. 1: as described above.
 FORMAT = 1
 
-# What the checkpoint is called in the folder beside its place, where it is written.
-WHOLE = "whole"
+PARAMETERS, ABOUT = "parameters", "about"
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -62,87 +63,86 @@ def save(model: Any, path: str | Path, *, companions: Mapping[str, str] | None =
 
     With `overwrite`, a checkpoint that stands there is replaced once the new one is whole.
     """
-    path = _local(path).resolve()  # of a link, what it points to is replaced
-    partial = path.with_name(f".{path.name}.partial")  # a name on which all processes agree
-    in_first_process(lambda: _make_room(path, partial, overwrite))
-    about = {
-        "format": FORMAT,
-        "config": dataclasses.asdict(model.config),
-        "companions": dict(companions or {}),
-    }
-    arrays = _nested(rows.in_order(_by_path(model), model))
-    items = ocp.args.Composite(parameters=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
-    try:
-        with _checkpointer() as checkpointer:
-            checkpointer.save(partial / WHOLE, args=items)
-        in_first_process(lambda: put(partial / WHOLE, path))
-    finally:
-        if jax.process_index() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+    path = local(path).resolve()  # of a link, what it points to is replaced
+    Writing(
+        path,
+        {PARAMETERS: rows.in_order(by_path(model), model)},
+        {ABOUT: about(model, companions)},
+        background=False,
+        check=lambda: check_free(path, overwrite, objection),
+    ).wait()
 
 
-def restore(abstract_model: Module, path: str | Path) -> Module:
+def about(model: Any, companions: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What a checkpoint says of a model, as JSON."""
+    return {"format": FORMAT, "config": dataclasses.asdict(model.config), "companions": dict(companions or {})}
+
+
+def restore(abstract_model: Module, path: str | Path, *, verify: Verify = "full") -> Module:
     """The checkpoint at `path` as `abstract_model` wants it: its shardings and dtypes, on whatever mesh.
 
-    The leaves of `abstract_model` are `jax.ShapeDtypeStruct`s with shardings.
+    The leaves of `abstract_model` are `jax.ShapeDtypeStruct`s with shardings. The files that are read are checked
+    against the manifest first, each process a share of them: `verify` says how closely.
     """
-    path = _local(path)
-    stored = read_about(path).parameters
+    path = local(path)
+    _require(path)
+    verify_together(path, (f"{ABOUT}/", f"{PARAMETERS}/"), verify)
+    known = read_about(path, verify="none").parameters
     of: Any = abstract_model
-    laid = _by_path(abstract_model)
+    laid = by_path(abstract_model)
     wanted = rows.in_order(laid, of)
-    _check(stored, wanted, path)
-    with _checkpointer() as checkpointer:
-        arguments = ocp.args.Composite(parameters=ocp.args.StandardRestore(_nested(wanted)))
-        restored = checkpointer.restore(path, args=arguments).parameters
-    arrays = {name: _at(restored, name) for name in wanted}
-    _check_range({name: array for name, array in arrays.items() if narrows(stored[name].dtype, array.dtype)}, path)
-    arrays = rows.on_stages(arrays, laid, of)
-    return jax.tree.unflatten(jax.tree.structure(abstract_model), list(arrays.values()))
+    _check(known, wanted, path)
+    arrays = stored.read(path / PARAMETERS, wanted)
+    check_range(known, arrays, path)
+    return with_arrays(abstract_model, rows.on_stages(arrays, laid, of))
 
 
-def read_about(path: str | Path) -> About:
+def read_about(path: str | Path, *, verify: Verify = "full") -> About:
     """What the checkpoint at `path` holds, without reading an array."""
-    path = _local(path)
-    if not is_checkpoint(path):
-        what = "is not a tbjax checkpoint" if path.exists() else "does not exist"
-        raise ValueError(
-            f"{path} {what}: a folder written by tbjax.checkpoint.save (with parameters/ and about/) is needed."
-        )
-    about_file = path / "about" / "metadata"
-    with _checkpointer() as checkpointer:
-        with _damage(about_file):
-            about = checkpointer.restore(path, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
-            if about["format"] != FORMAT:
-                raise ValueError(f"format {about['format']!r} is not {FORMAT}: the release that wrote it can read it")
-            config, companions = _config(about["config"]), dict(about["companions"])
-        with _damage(path / "parameters" / "_METADATA"):
-            metadata: Any = checkpointer.metadata(path).item_metadata
-            # Orbax keeps the tree of names; each leaf is what it noted of one array.
-            flat = jax.tree_util.tree_flatten_with_path(metadata.parameters.tree)[0]
-            parameters = {
-                jax.tree_util.keystr(key, simple=True, separator="."): jax.ShapeDtypeStruct(array.shape, array.dtype)
-                for key, array in flat
-            }
+    path = local(path)
+    _require(path)
+    manifest.check(path, (f"{ABOUT}/", f"{PARAMETERS}/_", f"{PARAMETERS}/manifest"), verify)
+    about_file = path / ABOUT / "metadata"
+    with _damage(about_file):
+        values = json.loads(about_file.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']!r} is not {FORMAT}: the release that wrote it can read it")
+        config, companions = _config(values["config"]), dict(values["companions"])
+    with _damage(path / PARAMETERS / "_METADATA"):
+        parameters = stored.shapes(path / PARAMETERS)
     return About(config=config, companions=companions, parameters=parameters)
+
+
+def verify_together(path: Path, within: tuple[str, ...], verify: Verify) -> None:
+    """Check files of a checkpoint against its manifest, each process a share; what one finds is raised in all."""
+    error = None
+    try:
+        manifest.check(path, within, verify, share=(jax.process_index(), jax.process_count()))
+    except (ValueError, OSError) as failure:
+        error = failure
+    agree_all(error)
 
 
 def is_checkpoint(path: str | Path) -> bool:
     """Whether a whole checkpoint of ours lies at `path`, by its folders; `read_about` looks into them."""
-    path = _local(path)
+    path = local(path)
     return (path / "parameters").is_dir() and (path / "about").is_dir()
 
 
 # --- Helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _checkpointer() -> contextlib.AbstractContextManager[ocp.Checkpointer]:
-    items = {"parameters": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
-    return contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler(**items)))
+def local(path: str | Path) -> Path:
+    """The path that is meant: Orbax takes no relative one."""
+    return Path(path).expanduser().absolute()
 
 
-def _local(path: str | Path) -> Path:
-    return Path(path).expanduser().absolute()  # Orbax takes no relative path
+def _require(path: Path) -> None:
+    if not is_checkpoint(path):
+        what = "is not a tbjax checkpoint" if path.exists() else "does not exist"
+        raise ValueError(
+            f"{path} {what}: a folder written by tbjax.checkpoint.save (with parameters/ and about/) is needed."
+        )
 
 
 def objection(folder: Path) -> str:
@@ -150,18 +150,9 @@ def objection(folder: Path) -> str:
     lacking = [name for name in ("about/metadata", "parameters/_METADATA") if not (folder / name).is_file()]
     if lacking:
         return f"it lacks {lacking[0]}"
-    # Orbax's own files have names that begin with an underscore, and one that says that all have been written.
-    ours = ("about", "parameters", "commit_success.txt")
-    strange = [entry.name for entry in sorted(folder.iterdir()) if entry.name not in ours and entry.name[0] != "_"]
+    ours = (ABOUT, PARAMETERS, manifest.NAME)
+    strange = [entry.name for entry in sorted(folder.iterdir()) if entry.name not in ours]
     return f"it holds {strange[0]}" if strange else ""
-
-
-def _make_room(path: Path, partial: Path, overwrite: bool) -> None:
-    """Raise unless `path` may be written; remove what a killed process left beside it."""
-    check_free(path, overwrite, objection)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
 
 
 @contextlib.contextmanager
@@ -171,55 +162,34 @@ def _damage(file: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}" if isinstance(error, KeyError | AttributeError) else str(error)
-        raise ValueError(
+        raise manifest.Damaged(
             f"{file} cannot be read: {what.removesuffix('.')}. The checkpoint is damaged, or a newer tbjax wrote it, "
             "or it is not one."
         ) from error
 
 
-def _by_path(model: nnx.Module) -> dict[str, Any]:
-    return dict(zip((leaf.path for leaf in leaves(model)), jax.tree.leaves(model), strict=True))
-
-
-def _nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"a.b": x}` as `{"a": {"b": x}}`."""
-    tree: dict[str, Any] = {}
-    for path, array in arrays.items():
-        *folders, name = path.split(".")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[name] = array
-    return tree
-
-
-def _at(tree: Mapping[str, Any], path: str) -> Any:
-    for name in path.split("."):
-        tree = tree[name]
-    return tree
-
-
-def _check(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+def _check(known: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
     """Raise if the tree that is wanted is not the one that was saved: nothing is dropped, nothing is made up."""
-    missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    missing, unexpected = sorted(wanted.keys() - known.keys()), sorted(known.keys() - wanted.keys())
     if missing or unexpected:
         raise ValueError(
             f"{path} holds another model: missing {missing[:3] or 'nothing'}, unexpected {unexpected[:3] or 'none'}. "
             "Restore it into a model made from its own config (read_about(path).config)."
         )
     for name, struct in wanted.items():
-        if tuple(stored[name].shape) != tuple(struct.shape):
+        if tuple(known[name].shape) != tuple(struct.shape):
             raise ValueError(
-                f"{path}: {name} has shape {list(stored[name].shape)}, the model's has {list(struct.shape)}. "
+                f"{path}: {name} has shape {list(known[name].shape)}, the model's has {list(struct.shape)}. "
                 "Restore it into a model made from its own config (read_about(path).config)."
             )
 
 
-def _check_range(narrowed: Mapping[str, jax.Array], path: Path) -> None:
+def check_range(known: Mapping[str, Any], arrays: Mapping[str, jax.Array], path: Path) -> None:
     """Raise if a conversion to a dtype of less range has left something that is no finite number."""
+    narrowed = {name: array for name, array in arrays.items() if narrows(known[name].dtype, array.dtype)}
     if not narrowed:
         return
-    finite = jax.jit(lambda arrays: {name: jnp.isfinite(array).all() for name, array in arrays.items()})(dict(narrowed))
+    finite = jax.jit(lambda arrays: {name: jnp.isfinite(array).all() for name, array in arrays.items()})(narrowed)
     for name, array in narrowed.items():
         if not finite[name]:
             raise ValueError(

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# Room for the message in which the first process tells the others what went wrong.
+# Room for the message in which a process tells the others what went wrong.
 MESSAGE_BYTES = 2048
 
 
@@ -70,12 +70,32 @@ def in_first_process(action: Callable[[], None]) -> None:
 def agree(error: Exception | None) -> None:
     """Raise in every process what went wrong in the first. Every process calls this, the others with None."""
     if jax.process_count() > 1:
-        message = "" if error is None else f"{type(error).__name__}: {error}"
-        sent = np.zeros(MESSAGE_BYTES, np.uint8)
-        text = np.frombuffer(message.encode()[:MESSAGE_BYTES], np.uint8)
-        sent[: len(text)] = text
-        received = bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent))).rstrip(b"\0").decode(errors="replace")
+        received = _text(multihost_utils.broadcast_one_to_all(_bytes(error)))
         if received and error is None:
             raise OSError(f"the first process could not write the checkpoint. {received}")
     if error is not None:
         raise error
+
+
+def agree_all(error: Exception | None) -> None:
+    """Raise in every process what went wrong in any: its own, or else that of the first that has something to say."""
+    if jax.process_count() > 1:
+        messages = map(_text, np.asarray(multihost_utils.process_allgather(_bytes(error))))
+        told = next(((process, message) for process, message in enumerate(messages) if message), None)
+        if told is not None and error is None:
+            raise OSError(f"process {told[0]} found: {told[1]}")
+    if error is not None:
+        raise error
+
+
+def _bytes(error: Exception | None) -> np.ndarray:
+    """A message of the same length whatever it says, as collectives need it."""
+    message = "" if error is None else f"{type(error).__name__}: {error}"
+    sent = np.zeros(MESSAGE_BYTES, np.uint8)
+    text = np.frombuffer(message.encode()[:MESSAGE_BYTES], np.uint8)
+    sent[: len(text)] = text
+    return sent
+
+
+def _text(received: object) -> str:
+    return bytes(np.asarray(received)).rstrip(b"\0").decode(errors="replace")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tbjax
-from tbjax import api, checkpoint
+from tbjax import api, checkpoint, manifest, stored
 from tbjax.layers.norm import RMSNorm
 from tbjax.mesh import make_mesh
 from tbjax.sharding import Sharding, leaves
@@ -109,32 +109,17 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_whole(model, saved, monke
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", full)
+    monkeypatch.setattr(stored, "finish", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(model, saved, overwrite=True)
     assert equal(checkpoint.restore(api.abstract(model.config, (2, 2, 2)), saved), model)
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
-def test_a_checkpoint_cut_short_is_not_one(model, tmp_path, monkeypatch):
-    """Whatever Orbax had written when it was stopped lies under another name."""
-
-    class Stopped(BaseException):
-        pass
-
-    def stop(*_, **__):
-        raise Stopped
-
-    monkeypatch.setattr(checkpoint.ocp.JsonCheckpointHandler, "save", stop)
-    monkeypatch.setattr(checkpoint.ocp.JsonCheckpointHandler, "async_save", stop, raising=False)
-    with pytest.raises(Stopped):
-        checkpoint.save(model, tmp_path / "x")
-    assert not checkpoint.is_checkpoint(tmp_path / "x")
-    # Orbax's threads may go on for a moment and leave something in the folder beside, which the next save removes.
-    assert {path.name for path in tmp_path.iterdir()} <= {".x.partial"}
+def test_what_a_killed_process_left_beside_it_is_removed(model, tmp_path):
+    (tmp_path / ".x.partial" / "parameters").mkdir(parents=True)
     with pytest.raises(ValueError, match="does not exist"):
         checkpoint.read_about(tmp_path / "x")
-    monkeypatch.undo()
     checkpoint.save(model, tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
@@ -155,25 +140,66 @@ def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path):
         checkpoint.read_about(tmp_path)
 
 
+def files_of(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_whatever_byte_has_changed_it_is_not_loaded(model, saved, tmp_path):
+    """In every file: one byte flipped, the last one missing, the file missing."""
+    abstract = api.abstract(model.config, (2, 2, 2))
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    names = files_of(copy)
+    assert {"manifest", "about/metadata", "parameters/_METADATA", "parameters/manifest.ocdbt"} < set(names)
+    assert any("/d/" in name for name in names)
+    for name in names:
+        content = (copy / name).read_bytes()
+        middle = len(content) // 2
+        changed = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        for damage in (changed, content[:-1], None):
+            (copy / name).unlink() if damage is None else (copy / name).write_bytes(damage)
+            with pytest.raises(manifest.Damaged, match="copy"):
+                checkpoint.restore(abstract, copy)
+            (copy / name).write_bytes(content)
+    assert equal(checkpoint.restore(abstract, copy), model)
+
+
+def test_how_closely_files_are_checked_can_be_chosen(model, saved, tmp_path):
+    abstract = api.abstract(model.config, (2, 2, 2))
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    data = max((copy / name for name in files_of(copy)), key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[1000] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(manifest.Damaged, match=f"{data.name} is not as it was written"):
+        checkpoint.restore(abstract, copy)
+    assert not equal(checkpoint.restore(abstract, copy, verify="sizes"), model)
+    (copy / "manifest").unlink()
+    with pytest.raises(manifest.Damaged, match=r"copy has no manifest.*verify='none'"):
+        checkpoint.restore(abstract, copy, verify="sizes")
+    assert not equal(checkpoint.restore(abstract, copy, verify="none"), model)
+    with pytest.raises(ValueError, match="verify='thoroughly' is unknown: 'full', 'sizes', 'none'"):
+        checkpoint.restore(abstract, copy, verify="thoroughly")
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("about/metadata", None, r"about/metadata cannot be read: .*not found"),
         ("about/metadata", "{", r"about/metadata cannot be read: Expecting property name"),
         ("about/metadata", "[1]", r"about/metadata cannot be read: list indices"),
         ("about/metadata", "{}", r"about/metadata cannot be read: KeyError: 'format'"),
         ("about/metadata", '{"format": 9}', r"about/metadata cannot be read: format 9 is not 1"),
         ("about/metadata", '{"format": 1, "config": {}}', r"about/metadata cannot be read: KeyError: 'layer_kinds'"),
-        ("parameters/_METADATA", None, r"parameters/_METADATA cannot be read"),
         ("parameters/_METADATA", "{", r"parameters/_METADATA cannot be read: Expecting property name"),
         ("parameters/_METADATA", "{}", r"parameters/_METADATA cannot be read: KeyError: 'tree_metadata'"),
     ],
 )
-def test_what_is_damaged_is_named(saved, tmp_path, file, text, message):
+def test_what_was_written_wrongly_is_named(saved, tmp_path, file, text, message):
     copy = shutil.copytree(saved, tmp_path / "copy")
-    (copy / file).unlink() if text is None else (copy / file).write_text(text)
-    with pytest.raises(ValueError, match=message):
+    (copy / file).write_text(text)
+    with pytest.raises(manifest.Damaged, match=r"has \d+ bytes of the \d+ that were written"):
         checkpoint.read_about(copy)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.read_about(copy, verify="none")
 
 
 def test_a_field_that_this_release_does_not_know_is_named(saved, tmp_path):
@@ -181,6 +207,7 @@ def test_a_field_that_this_release_does_not_know_is_named(saved, tmp_path):
     about = json.loads((copy / "about/metadata").read_text())
     about["config"]["novelty"] = 1
     (copy / "about/metadata").write_text(json.dumps(about))
+    manifest.seal(copy, manifest.take(copy, 0))
     with pytest.raises(ValueError, match=r"about/metadata cannot be read: .*'novelty'.*newer tbjax"):
         checkpoint.read_about(copy)
 
@@ -194,7 +221,7 @@ def test_two_processes_save_together_and_restore_on_another_mesh(model, tmp_path
     script = """
 import numpy as np
 import tbjax
-from tbjax import api, checkpoint
+from tbjax import api, checkpoint, manifest, stored
 from tests import tiny
 
 config = tiny.our_config(tiny.BY_NAME["llama"])

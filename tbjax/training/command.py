@@ -6,22 +6,25 @@
 `--config` is a `TrainConfig` as JSON, and options come before what it says.
 
 Exit codes: 0 all steps are done, 1 something was wrong, 2 the command line was not understood, 130 Ctrl-C or 143
-SIGTERM ended the run after it was saved. With --json the last line of standard output is the result; everything else
-goes to standard error.
+SIGTERM ended the run after it was saved: the same command goes on with it. With --json the last line of standard output
+is the result; everything else goes to standard error.
 """
 
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
-from tbjax.terminal import parse_mesh, provide_cpu_devices, readable_errors
+from tbjax.terminal import join_hosts, parse_mesh, readable_errors
+from tbjax.training.elastic import accumulation
 
 if TYPE_CHECKING:
+    from tbjax.planner.plan import Plan
     from tbjax.training.config import TrainConfig
     from tbjax.training.loop import TrainResult
 
@@ -31,12 +34,13 @@ Schedule = Literal["constant", "cosine", "linear", "wsd"]
 Precision = Literal["mixed", "bfloat16", "float32", "float16"]
 Strategy = Literal["NO_SHARD", "OPTIMIZER", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"]
 NotFinite = Literal["stop", "skip", "keep"]
+FailedSave = Literal["continue", "stop"]
 
 # What a run of the command line takes where neither it nor the config says.
 BATCH_SIZE = 8
 SEQ_LEN = 1024
 
-_LEARNING, _MEMORY, _OUTPUT = "Learning", "Memory and layout", "Output"
+_LEARNING, _MEMORY, _OUTPUT, _HOSTS = "Learning", "Memory and layout", "Output", "Several processes"
 
 
 def train(
@@ -60,7 +64,11 @@ def train(
         Path | None, typer.Option(exists=True, dir_okay=False, help="A TrainConfig as JSON; options come before it.")
     ] = None,
     mesh: Annotated[
-        str, typer.Option(help="dp,fsdp,tp (as 1,4,2) or axes by name (as ep=4,tp=2); auto: all devices on fsdp.")
+        str,
+        typer.Option(
+            help="dp,fsdp,tp (as 1,4,2) or axes by name (as ep=4,tp=2); auto: all devices on fsdp; plan: the planner's "
+            "choice for the devices that are there."
+        ),
     ] = "auto",
     steps: Annotated[int | None, typer.Option(min=1, help="In all, those before a resumption counted.")] = None,
     batch_size: Annotated[
@@ -110,6 +118,12 @@ def train(
         int | None,
         typer.Option(min=1, rich_help_panel=_MEMORY, show_default="1", help="Parts of a batch, one after another."),
     ] = None,
+    device_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, rich_help_panel=_MEMORY, help="Instead: the sequences that a device takes at once, at most."
+        ),
+    ] = None,
     pipeline: Annotated[
         str | None, typer.Option(rich_help_panel=_MEMORY, show_default="1f1b", help="Schedule, with pp in the mesh.")
     ] = None,
@@ -120,20 +134,63 @@ def train(
         str | None,
         typer.Option(rich_help_panel=_MEMORY, help="Of gradients summed over dp: top-k:0.01, random-k:0.1, int8."),
     ] = None,
-    sharding: Annotated[Strategy, typer.Option(rich_help_panel=_MEMORY, help="What fsdp shares out.")] = "FULL_SHARD",
+    sharding: Annotated[
+        Strategy | None, typer.Option(rich_help_panel=_MEMORY, show_default="FULL_SHARD", help="What fsdp shares out.")
+    ] = None,
     checkpoint_dir: Annotated[
         Path | None, typer.Option(rich_help_panel=_OUTPUT, help="The run's state; a run that stands there goes on.")
     ] = None,
-    save_every: Annotated[int | None, typer.Option(min=1, rich_help_panel=_OUTPUT, help="Steps.")] = None,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, rich_help_panel=_OUTPUT, show_default="500", help="Steps between checkpoints.")
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(min=1, rich_help_panel=_OUTPUT, show_default="2", help="The newest checkpoints stay.")
+    ] = None,
+    keep_every: Annotated[
+        int | None, typer.Option(min=1, rich_help_panel=_OUTPUT, help="And those of every so many steps.")
+    ] = None,
+    async_save: Annotated[
+        bool | None,
+        typer.Option(
+            "--async-save/--no-async-save",
+            rich_help_panel=_OUTPUT,
+            show_default="async-save",
+            help="Go on while a checkpoint is written, with a copy of the state in the host's memory.",
+        ),
+    ] = None,
+    on_failed_save: Annotated[
+        FailedSave | None,
+        typer.Option(rich_help_panel=_OUTPUT, show_default="continue", help="Where the disk is full, say."),
+    ] = None,
     eval_every: Annotated[int | None, typer.Option(min=1, rich_help_panel=_OUTPUT, help="Steps.")] = None,
     eval_batches: Annotated[int | None, typer.Option(min=1, rich_help_panel=_OUTPUT, help="At most so many.")] = None,
     log_every: Annotated[int | None, typer.Option(min=1, rich_help_panel=_OUTPUT, show_default="10")] = None,
     out: Annotated[
         Path | None, typer.Option(rich_help_panel=_OUTPUT, help="Write the model: safetensors and tokenizer.")
     ] = None,
-    log: Annotated[Path | None, typer.Option(rich_help_panel=_OUTPUT, help="Append figures: a JSON line each.")] = None,
+    # torchrun takes --log for an abbreviation of its own options, wherever it stands.
+    log: Annotated[
+        Path | None,
+        typer.Option("--log-file", "--log", rich_help_panel=_OUTPUT, help="Append figures: a JSON line each."),
+    ] = None,
     tensorboard: Annotated[Path | None, typer.Option(rich_help_panel=_OUTPUT, help="Folder for event files.")] = None,
     profile: Annotated[Path | None, typer.Option(rich_help_panel=_OUTPUT, help="Folder for a trace of steps.")] = None,
+    step_timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=_HOSTS,
+            show_default="600, on several processes",
+            help="Seconds; a process whose step takes longer ends.",
+        ),
+    ] = None,
+    heartbeat_timeout: Annotated[
+        int,
+        typer.Option(min=1, rich_help_panel=_HOSTS, help="Seconds; the run ends if a process is silent for longer."),
+    ] = 100,
+    meeting_timeout: Annotated[
+        float, typer.Option(min=1, rich_help_panel=_HOSTS, help="Seconds in which all processes must come.")
+    ] = 300,
     as_json: Annotated[
         bool, typer.Option("--json", rich_help_panel=_OUTPUT, help="End with the result as a line of JSON.")
     ] = False,
@@ -162,10 +219,15 @@ def train(
         "offload": None if offload is None else offload.split(","),
         "compression": compression,
         "save_every": save_every,
+        "keep": keep,
+        "keep_every": keep_every,
+        "async_save": async_save,
+        "on_failed_save": on_failed_save,
         "eval_every": eval_every,
         "eval_batches": eval_batches,
         "log_every": log_every,
         "profile": None if profile is None else str(profile),
+        "step_timeout": step_timeout,
     }
     if eval_data is not None and hold_out is not None:
         raise typer.BadParameter("--eval-data and --hold-out: one of them says what to evaluate on.")
@@ -175,23 +237,32 @@ def train(
         raise typer.BadParameter("--field and --messages: one of them says what is learned.")
     if eval_every is not None and eval_data is None and hold_out is None:
         raise typer.BadParameter("--eval-every needs --eval-data or --hold-out.")
-    shape = parse_mesh(mesh)
+    if device_batch is not None and microbatches is not None:
+        raise typer.BadParameter("--microbatches and --device-batch: one of them says how a batch is taken apart.")
+    shape: Any = None if mesh == "plan" else parse_mesh(mesh)
     with readable_errors(debug=debug):
         settings = _settings(config, {name: value for name, value in given.items() if value is not None})
-        provide_cpu_devices(shape)
+        waits = {"timeout": meeting_timeout, "heartbeat_timeout": heartbeat_timeout}
+        join_hosts(shape, quiet=quiet, **waits)
         import tbjax
         from tbjax.training import data as datasets
+        from tbjax.training.logs import writes
         from tbjax.training.loop import train as run
         from tbjax.training.step import DTYPES
 
         options: Any = {"sharding": sharding, "revision": revision, "progress": not quiet}
-        settings = settings.with_plan(None)
+        if mesh == "plan":
+            shape = _planned(model, settings, sharding, revision)
+        settings = settings.with_plan(shape if mesh == "plan" else None)
         loaded = tbjax.load(model, shape, dtype=DTYPES[settings.precision or "mixed"][0], **options)
         made = {
             "batch_size": settings.batch_size or max(BATCH_SIZE, loaded.sharding.size("dp", "fsdp", "ep")),
             "seq_len": settings.seq_len or min(SEQ_LEN, loaded.config.max_positions),
             "seed": settings.seed or 0,
         }
+        if device_batch is not None:
+            ways = loaded.sharding.size("dp", "fsdp", "ep")
+            settings = replace(settings, microbatches=accumulation(made["batch_size"], ways, device_batch))
         parts = {"field": field, "messages": messages}
         learned, held = datasets.load(data, loaded.tokenizer, **made, **_asked(data, split=split, **parts)), None
         if hold_out is not None:
@@ -211,10 +282,30 @@ def train(
         )
         if out is not None:
             loaded.save_pretrained(out)
-        _report(result, out, as_json, quiet)
+        if writes():
+            _report(result, out, as_json, quiet)
     if result.end != "finished":
         number = signal.Signals[result.end] if result.end in signal.Signals.__members__ else signal.SIGTERM
         raise typer.Exit(128 + number)
+
+
+def _planned(model: str, settings: "TrainConfig", sharding: str | None, revision: str | None) -> "Plan":
+    """The planner's choice for the devices of this job, as many as there are today, of what the settings leave open."""
+    import jax
+
+    import tbjax
+
+    asked: dict[str, Any] = {
+        "global_batch": settings.batch_size or max(BATCH_SIZE, jax.device_count()),
+        "seq_len": settings.seq_len or SEQ_LEN,
+        "sharding": sharding,
+        "microbatches": settings.microbatches,
+        "remat": settings.remat,
+        "offload": settings.offload,
+        "revision": revision,
+    }
+    asked |= {name: getattr(settings, name) for name in ("optimizer", "precision") if getattr(settings, name)}
+    return tbjax.plan(model, "auto", runnable=True, **asked)
 
 
 def _asked(data: str, **parts: str | None) -> dict[str, Any]:

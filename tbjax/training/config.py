@@ -30,6 +30,8 @@ from tbjax.training.step import DTYPES, Precision
 
 NotFinitePolicy: TypeAlias = Literal["stop", "skip", "keep"]
 
+FailedSavePolicy: TypeAlias = Literal["continue", "stop"]
+
 Offloaded: TypeAlias = Literal["optimizer", "parameters", "activations"]
 
 # What belongs to an optimizer by name, and that an optax transformation brings itself.
@@ -106,10 +108,17 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int | None = None
     eval_batches: int | None = None  # None: all of the data
-    save_every: int | None = None  # None: at the end only
+    save_every: int | None = None  # None: every 500 steps; and at the end
     keep: int = 2  # checkpoints, the newest ones
+    keep_every: int | None = None  # and those of the steps that this divides
+    async_save: bool = True  # go on while a checkpoint is written, which takes the host memory for a copy of the state
+    on_failed_save: FailedSavePolicy = "continue"  # after a checkpoint that could not be written; or "stop" the run
     profile: str | None = None  # a folder for a trace of `profile_steps` steps, soon after the first
     profile_steps: int = 3
+
+    # Seconds between two steps after which a process takes itself for hanging and ends; None: 600 on several processes,
+    # on a single one never.
+    step_timeout: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "keep", "profile_steps"):
@@ -123,6 +132,7 @@ class TrainConfig:
             "eval_every",
             "eval_batches",
             "save_every",
+            "keep_every",
         ):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1)
@@ -135,8 +145,11 @@ class TrainConfig:
             ("schedule", get_args(Schedule)),
             ("precision", (None, *DTYPES)),
             ("on_nonfinite", get_args(NotFinitePolicy)),
+            ("async_save", (True, False)),
+            ("on_failed_save", get_args(FailedSavePolicy)),
         ):
             _one_of(name, getattr(self, name), known)
+        _number("step_timeout", self.step_timeout, optional=True)
         for name in ("decayed", "frozen"):
             _expression(name, getattr(self, name))
         if self.offload is not None:
@@ -242,6 +255,11 @@ class TrainConfig:
             "z_loss": self.z_loss,
             "reduce_dtype": self.reduce_dtype,
         }
+
+    @property
+    def saver_options(self) -> dict[str, Any]:
+        """What `tbjax.training.saving.Saver` is told."""
+        return {"keep": self.keep, "keep_every": self.keep_every, "background": self.async_save}
 
     @property
     def _by_name(self) -> bool:

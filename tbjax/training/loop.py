@@ -36,14 +36,21 @@ from tbjax.training.logs import JsonLines, Log, Logs, ProgressLine, TensorBoard,
 from tbjax.training.metrics import Pace, Record, memory_in_use, peak_flops, step_flops
 from tbjax.training.optimizer import HOST, Name, make_optimizer
 from tbjax.training.profiling import Profile
-from tbjax.training.saving import Saver
+from tbjax.training.saving import SaveFailed, Saver
 from tbjax.training.step import DTYPES, Batch, Metrics, Precision, TrainState, find_nonfinite, init_state, make_step
+from tbjax.training.watchdog import watchdog_of
 
 log = logging.getLogger("tbjax")
 
 # How a run ended: "finished", or the name of the signal that ended it.
 End: TypeAlias = str
 FINISHED: End = "finished"
+
+# Steps between checkpoints where the config does not say: as often as transformers' Trainer saves.
+SAVE_EVERY = 500
+
+# Of a run whose checkpoints could not be written, which was to end then.
+SAVE_FAILED: End = "a checkpoint that could not be written"
 
 
 class Diverged(RuntimeError):
@@ -87,9 +94,10 @@ def train(
     end, or `config.eval_batches` must say when, and be one that can be gone through again.
 
     With a `checkpoint_dir` the run is saved every `config.save_every` steps and at its end, also when Ctrl-C or SIGTERM
-    ends it, and goes on from the newest checkpoint there unless `resume` is False. Data that has `state()` and
+    ends it, and goes on from the newest whole checkpoint there unless `resume` is False. Data that has `state()` and
     `restore()` goes on where it stood; of any other the batches that were used are passed over. A run that diverges is
-    saved as the step before left it.
+    saved as the step before left it. A checkpoint that cannot be written, on a full disk say, is logged as an error and
+    the run goes on, unless `config.on_failed_save` is "stop"; if it is the last one, `SaveFailed` is raised.
 
     `log_file` gets a JSON object a line, `tensorboard` is a folder for event files. A progress line shows on terminals
     alone.
@@ -97,7 +105,7 @@ def train(
     run = _Run(model, data, config, eval_data, checkpoint_dir, resume)
     try:
         sinks = _sinks(config.steps, run.step, log_file, tensorboard, progress)
-        with Logs(sinks) as logs, Interruption() as interruption:
+        with Logs(sinks) as logs, run.watchdog, Interruption() as interruption:
             end = run.steps(logs, interruption, on_record)
     finally:
         run.close()
@@ -187,7 +195,7 @@ class _Run:
         if isinstance(drawn, int) and config.seed not in (None, drawn):
             raise ValueError(f"TrainConfig.seed={config.seed}, but the data's is {drawn}: give both the same.")
         self.step, self.losses, self.records, self.evaluations = 0, [], [], {}
-        self.saver = None if checkpoint_dir is None else Saver(checkpoint_dir, keep=config.keep)
+        self.saver = None if checkpoint_dir is None else Saver(checkpoint_dir, **config.saver_options)
         going_on = self.saver is not None and self.saver.latest is not None
         if going_on and not resume:
             raise ValueError(
@@ -198,6 +206,7 @@ class _Run:
         optimizer = config.make_optimizer(model)
         self.run_step = make_step(optimizer, **config.step_options(model))
         self.pace, self.flight = Pace(), None
+        self.watchdog = watchdog_of(config.step_timeout)
         self.devices = list(cast(Mesh, self.sharding.mesh).devices.flat)
         self.peak = peak_flops(self.devices, self.precision)
         self.tokens, self.skipped, self.diagnosed = 0, 0, False
@@ -213,8 +222,9 @@ class _Run:
     def _go_on(self, saver: Saver) -> None:
         """From the newest checkpoint. The model's weights are touched last, when nothing is left to be refused."""
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self.state)
+        like = like._replace(loss_scale=self.state.loss_scale)  # for a run that begins to have one
         saver.check(like)
-        self.step, data = saver.progress()
+        self.step, data, *_ = saver.progress()
         placed = hasattr(self.data, "restore") and data is not None
         if placed:
             self.data.restore(data)
@@ -226,7 +236,7 @@ class _Run:
                 f"the data ended before step {self.step}, from which the run in {saver.folder} is to go on: give all "
                 "that it had, and more."
             ) from None
-        for array in jax.tree.leaves(self.state):
+        for array in jax.tree.leaves(self.state._replace(loss_scale=None)):
             array.delete()  # room for what comes from the disk
         try:
             self.state = saver.restore(like)
@@ -241,12 +251,14 @@ class _Run:
         profile = Profile(config, self.step)
         with contextlib.closing(profile):
             while self.step < config.steps:
+                # The second step of a run may compile once more: its state lies where the first one left it.
+                self.watchdog.beat(self.step, longer=self.step < self.first + 2)
                 data_before = self.data_state
                 try:
                     batch = self._batch()
                 except StopIteration:
                     self._land(logs, on_record)
-                    self._save()
+                    self._save_last()
                     raise DataEnded(
                         f"the data ended after {self.step} steps of {config.steps}: give more, let it repeat, or ask "
                         f"for steps={self.step}. The model has had these steps."
@@ -258,20 +270,25 @@ class _Run:
                 self.step += 1
                 self._land(logs, on_record)
                 self.flight = _Flight(self.step, metrics, batch, data_before, ended)
-                pause = _due(config.save_every, self.step) or _due(config.eval_every, self.step)
+                save = self.saver is not None and _due(config.save_every or SAVE_EVERY, self.step)
+                pause = save or _due(config.eval_every, self.step)
+                if config.on_failed_save == "stop" and self.saver is not None and self.saver.failing:
+                    interruption.cause = interruption.cause or SAVE_FAILED
                 if interruption.agreed():
                     end = interruption.cause or end
                     break
                 if pause and self.step < config.steps:
+                    self.watchdog.beat(self.step, longer=True)
                     self._land(logs, on_record)
                     # Saved first: what fails in an evaluation must not cost the steps before it.
-                    if _due(config.save_every, self.step):
+                    if save:
                         self._save()
                     if _due(config.eval_every, self.step):
                         self._evaluate(logs)
                     self.pace.pause_ended()
             self._land(logs, on_record)
-        self._save()
+        self.watchdog.beat(self.step, longer=True)
+        self._save_last()
         if self.eval_data is not None and end == FINISHED and self.step not in self.evaluations:
             self._evaluate(logs)
         return end
@@ -280,7 +297,7 @@ class _Run:
         """Give the model its weights, and let go of what was open."""
         adopt(self.model, on_devices(self.state.model))
         if self.saver is not None:
-            self.saver.__exit__(None, None, None)
+            self.saver.close()
 
     def _batch(self) -> Batch:
         batch = next(self.feed)
@@ -353,7 +370,7 @@ class _Run:
         # What came after it has changed nothing.
         self.step, self.data_state = flight.step - 1, flight.data_before
         if self.step:
-            self._save()
+            self._save_last()
         raise Diverged(
             f"{what} {self._place(flight)} The model is as step {self.step} left it; on_nonfinite='skip' would go on."
         )
@@ -385,9 +402,26 @@ class _Run:
         log.info("step %d of %d: %s", self.step, self.config.steps, figures(found.values()))
 
     def _save(self) -> None:
+        """Begin to save this step. What goes wrong has been logged by then, and costs a checkpoint, not the run."""
+        if self.saver is None:
+            return
+        settings = dataclasses.asdict(self.config) if isinstance(self.config.optimizer, str) else None
+        plan = getattr(self.model, "plan", None)
+        state = {"data": self.data_state, "config": settings, "plan": None if plan is None else plan.to_json()}
+        for act in (self.saver.wait, lambda saver=self.saver: saver.save(self.state, self.step, **state)):
+            try:
+                act()
+            except SaveFailed:
+                if self.config.on_failed_save == "stop":
+                    raise
+
+    def _save_last(self) -> None:
+        """Save this step, and see it done. Raises `SaveFailed`."""
+        self._save()
         if self.saver is not None:
-            settings = dataclasses.asdict(self.config) if isinstance(self.config.optimizer, str) else None
-            self.saver.save(self.state, self.step, data=self.data_state, config=settings)
+            self.saver.wait()
+            if self.saver.latest != self.step:
+                raise SaveFailed(f"step {self.step} could not be saved: the log says why. The model has its weights.")
 
     def _data_state(self) -> Any:
         return self.data.state() if hasattr(self.data, "state") else None

@@ -119,6 +119,7 @@ def test_the_choices_are_the_trainers():
     assert set(get_args(command.Precision)) == set(step.DTYPES)
     assert get_args(command.Strategy) == tuple(ShardingStrategy)
     assert set(get_args(command.NotFinite)) == set(get_args(config.NotFinitePolicy))
+    assert get_args(command.FailedSave) == get_args(config.FailedSavePolicy)
 
 
 def test_the_defaults_that_the_help_names_are_the_configs():

@@ -148,7 +148,9 @@ def test_another_run_is_not_gone_on_from(tmp_path):
     short = BASE | {"steps": 1}
     train(model(), Batches(), TrainConfig(**short), checkpoint_dir=tmp_path)
     other = model()
-    with pytest.raises(ValueError, match=r"holds another run: its .* Give the optimizer and the precision of that run"):
+    with pytest.raises(
+        ValueError, match=r"holds another run: its .* Give the optimizer and the compression of that run"
+    ):
         train(other, Batches(), TrainConfig(**short | {"optimizer": "sgd"}), checkpoint_dir=tmp_path)
     assert same_bits(other, model())  # unharmed
     # Nor with data that is not that run's, whose refusal leaves the model as it was.

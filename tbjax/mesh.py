@@ -6,10 +6,13 @@
     tbjax.Plan                the mesh that was planned
     None or "auto"            every device on fsdp
 
-Axes run from the outermost, which may cross slow links, to the innermost, which should lie within one host's fast
-domain. One size may be -1: it takes what the others leave. A size that the user gave is never changed.
+Axes run from the outermost, which may cross slow links, to the innermost, which should lie where links are fast: within
+a slice of TPUs, within the GPUs that NVLink joins. One size may be -1: it takes what the others leave. A size that the
+user gave is never changed.
 """
 
+import collections
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
@@ -18,6 +21,8 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
+
+log = logging.getLogger("tbjax")
 
 AXES: tuple[str, ...] = ("pp", "dp", "fsdp", "ep", "cp", "tp")
 
@@ -70,16 +75,54 @@ def make_mesh(spec: MeshSpec = None, devices: Sequence[Any] | None = None) -> Me
         return Mesh(grid, (*lacking, *spec.axis_names), axis_types=(AxisType.Auto,) * len(AXES))
     devices = jax.devices() if devices is None else list(devices)
     sizes = axis_sizes(spec, len(devices))
-    # Lays the inner axes along the fastest links (torus neighbours on TPU, the same host on GPU).
-    outer = steps_over_slices(sizes, len({getattr(device, "slice_index", 0) for device in devices}))
-    if math.prod(outer.values()) == 1:
-        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-    else:
+    mesh = Mesh(_grid(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if "tp" in crossing_axes(mesh):
+        log.warning(
+            "mesh %s: tp=%d crosses from host to host, where links are slow; a size that divides the %d devices of one "
+            "stays inside.",
+            spell(sizes),
+            sizes["tp"],
+            min(collections.Counter(map(_domain, devices)).values()),
+        )
+    return mesh
+
+
+def _grid(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices, with the inner axes along the fastest links: torus neighbours on TPU, the same host on GPU.
+
+    What JAX calls a slice is a slice of a TPU, joined to others by the data-centre network, or the GPUs that NVLink
+    joins: those of a host, or of a rack.
+    """
+    slices = collections.Counter(getattr(device, "slice_index", None) or 0 for device in devices)
+    if len(slices) > 1 and len(set(slices.values())) == 1:
+        outer = steps_over_slices(sizes, len(slices))
         inner = [size // outer[axis] for axis, size in sizes.items()]
-        grid = mesh_utils.create_hybrid_device_mesh(
+        return mesh_utils.create_hybrid_device_mesh(
             inner, list(outer.values()), devices, allow_split_physical_axes=True
         )
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if len(slices) > 1:  # of different sizes, so that no axis steps from one to the next: one after another
+        ordered = sorted(devices, key=lambda device: (device.slice_index, device.id))
+        return np.array(ordered).reshape(tuple(sizes.values()))
+    return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+
+
+def crossing_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes along which neighbours lie in different fast domains, so that their collectives take slow links."""
+    found = [_domain(device) for device in mesh.devices.flat]
+    numbers = {domain: number for number, domain in enumerate(dict.fromkeys(found))}
+    domains = np.array([numbers[domain] for domain in found]).reshape(mesh.devices.shape)
+    return tuple(
+        axis
+        for dimension, axis in enumerate(mesh.axis_names)
+        if (domains != np.take(domains, [0], axis=dimension)).any()
+    )
+
+
+def _domain(device: Any) -> tuple[int, int]:
+    """Which of the groups of devices with fast links among them a device is in."""
+    index = getattr(device, "slice_index", None) or 0
+    # A CPU's process stands for a host; so it does on GPUs, but there JAX knows hosts, and racks, by their slices.
+    return index, device.process_index if device.platform == "cpu" else 0
 
 
 def steps_over_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:

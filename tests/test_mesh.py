@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from tbjax.mesh import AXES, axis_sizes, make_mesh
+from tbjax.mesh import AXES, axis_sizes, make_mesh, steps_over_slices
 
 
 @pytest.mark.parametrize(
@@ -94,4 +94,4 @@ def test_slices_are_crossed_by_the_outermost_axes():
 
 def test_a_mesh_that_cannot_be_laid_over_slices_says_so():
     with pytest.raises(ValueError, match="cannot be laid over 2 slices"):
-        make_mesh((1, 3, 1), [OfSlice(i, i % 2) for i in range(3)])
+        steps_over_slices({"dp": 1, "fsdp": 3, "tp": 1}, 2)

@@ -1,0 +1,52 @@
+"""Every example runs as its page says: its `--tiny` line, in a process of its own."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TINY = re.compile(r"^ {4}python examples/(.* --tiny[^#\n]*)", re.MULTILINE)
+
+# What each prints when it has done what it is for.
+SHOWN = {
+    "falcon_180b_plan.py": "compiled for cpu:8: it fits",
+    "finetune_and_export.py": "transformers loads it",
+    "llama_70b_distributed.py": "after tokens 1, 2, 3: [",
+    "load_distributed.py": "after tokens 1, 2, 3: [",
+    "long_context_ring.py": "losses over sequences of 1024",
+    "mixtral_expert_parallel.py": "experts/ep",
+    "train_llama_7b_fsdp.py": "held-out perplexity",
+}
+
+
+def commands(name):
+    """The lines of an example's page that need neither accelerators nor the network."""
+    return [shlex.split(line) for line in TINY.findall((EXAMPLES / name).read_text())]
+
+
+@pytest.mark.parametrize("name", sorted(SHOWN))
+def test_an_example_runs(name):
+    (command,) = commands(name)
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = str(EXAMPLES.parent)
+    arguments = ["--steps", "4"] if name == "train_llama_7b_fsdp.py" else []  # a minute's worth by itself
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / command[0]), *command[1:], *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert SHOWN[name] in result.stdout
+
+
+def test_every_page_is_an_example_that_is_run():
+    pages = {path.name for path in EXAMPLES.glob("*.py")}
+    assert pages - set(SHOWN) == {"demo.py", "tiny.py"}  # `make demo`, and the models of the others

@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import jax
 import jax.core
@@ -25,6 +25,7 @@ from interop.tokenizer import Tokenizer
 from tbjax import checkpoint, generate, rows
 from tbjax.config import ModelConfig
 from tbjax.dtypes import float_dtype
+from tbjax.generate import front
 from tbjax.layers.linear import shapes_only
 from tbjax.mesh import MeshSpec, make_mesh
 from tbjax.model import Decoder
@@ -35,7 +36,7 @@ from tbjax.planner import words
 from tbjax.planner.plan import Plan
 from tbjax.planning import plan as plan  # part of the face
 from tbjax.planning import settings_of
-from tbjax.prompts import Prompt, asked
+from tbjax.prompts import Prompt
 from tbjax.sharding import ContextMethod, Sharding, ShardingStrategy
 
 if TYPE_CHECKING:
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
     from tbjax.training.config import Defaults
 
 log = logging.getLogger("tbjax")
-
-# What `generate` writes at most where neither the call nor the model's generation config says.
-DEFAULT_NEW_TOKENS = 128
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,20 +116,43 @@ class CausalLM(Decoder):
         with self._own_mesh():
             return _forward(self, tokens, attention_mask, positions, segments)
 
-    def generate(self, prompt: Prompt, *, max_new_tokens: int | None = None) -> Any:
-        """What follows the prompt, greedily, up to an end token or `max_new_tokens`.
+    def generate(
+        self,
+        prompt: Prompt,
+        generation_config: Any = None,
+        *,
+        seed: int | Sequence[int] | None = None,
+        stream: bool = False,
+        **options: Unpack[generate.Options],
+    ) -> Any:
+        """What follows the prompt, up to an end token, a stop string or the budget.
 
         A text gives a text, a chat (`[{"role": "user", "content": ...}]`) the assistant's answer, a row of token ids
-        a list of ids; a list of one of these gives a list. The prompt is not repeated.
+        a list of ids; a list of one of these gives a list, as does `num_return_sequences`. The prompt is not repeated.
+
+        Options are the fields of transformers' `GenerationConfig` under its names. They come before
+        `generation_config`, and that before the checkpoint's generation_config.json. A field that is not done here
+        raises if it would change the answer. `return_dict_in_generate=True` gives each answer as a
+        `tbjax.generate.Generation`, with log-probabilities and the reason of its end.
+
+        With `do_sample=True` each row draws by a seed of its own, whatever stands beside it: `seed` has one for each
+        prompt, or is the first's, which the others follow. None draws one.
+
+        With `stream=True` it gives an iterator over pieces, in the form of the whole: texts that end between
+        characters, or lists of new token ids.
         """
-        rows, answer = asked(prompt, self._require_tokenizer, self.config.vocab_size)
-        settings = self._generation_settings()
-        limit = settings.get("max_new_tokens") or DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
-        if max_new_tokens is None:
-            limit = max(0, min(limit, self.config.max_positions - max(map(len, rows), default=0)))
-        eos = _end_tokens(settings.get("eos_token_id"))
-        with self._own_mesh():
-            return answer(generate.generate(self, rows, max_new_tokens=limit, eos_tokens=eos))
+        said = self._generation_settings(), generation_config, options
+        around = {"tokenizer": self._require_tokenizer, "within": self._own_mesh}
+        return front.generate(self, prompt, *said, seed=seed, stream=stream, **around)
+
+    def loglikelihood(self, prompts: Prompt, completions: str | Sequence[Any]) -> Any:
+        """How likely each completion is after its prompt: a `tbjax.generate.Likelihood`, or a list of them.
+
+        Prompts are as for `generate`, completions are texts where prompts are texts or chats, and else token ids. A
+        text is cut into tokens by itself, so let it begin as it would go on, with a space say.
+        """
+        around = {"tokenizer": self._require_tokenizer, "within": self._own_mesh}
+        return front.score(self, prompts, completions, **around)
 
     def moved(
         self, mesh: MeshSpec, *, sharding: ShardingStrategy | str | None = None, sequence_parallel: bool | None = None
@@ -367,14 +388,6 @@ def _hugging_face_config(config: Any) -> dict[str, Any]:
     raise TypeError(
         f"config is a {type(config).__name__}: a ModelConfig, a dict, a path or a transformers config is needed."
     )
-
-
-def _end_tokens(value: Any) -> list[int]:
-    """The end tokens that a generation config names: none, one or several."""
-    tokens = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
-        raise ValueError(f"generation_config.json: eos_token_id={value!r} must be a token id or a list of them.")
-    return tokens
 
 
 def _present(values: Mapping[str, Any], *names: str) -> dict[str, Any]:

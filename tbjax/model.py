@@ -194,27 +194,32 @@ class Decoder(nnx.Module):
         dtype: Any = None,
         remat: Remat | str | None = None,
         ring_order: bool = False,
+        layers: Sequence[Sequence[Sequence[Block]]] | None = None,
     ) -> Hidden:
         """Everything but the head. With a cache, `tokens` follow those that it holds.
 
         `dtype` is that of the matmuls and activations (default: the parameters'). `remat` is for training: what the
         backward pass computes again rather than keeps, see `tbjax.remat`. `ring_order` leaves the states in the order
         in which cp cuts the sequence (`tbjax.layers.context`): for a loss, which does not care, and then not the
-        tokens' own.
+        tokens' own. `layers` are the blocks of each group and repeat, where they are to be taken from arrays of their
+        own in place of the stacks (`tbjax.generate.layers`); the cache is then one of single layers too.
         """
         if ring_order:
             context.check(self.sharding, jnp.shape(tokens)[1])
         around = self.surroundings(tokens, attention_mask, positions, cache, segments=segments)
         cut = isinstance(around.keys, CutKeys)
         x = self.start(context.to_ring_order(tokens, self.sharding) if cut else tokens, dtype)
-        loads, layers = [], []
+        loads, caches = [], []
         for group, stack in enumerate(self.stacks):
             old = None if cache is None else cache.layers[group]
-            x, new, load = self._run(group, stack, x, around, old, remat)
-            layers.append(new)
+            if layers is None:
+                x, new, load = self._run(group, stack, x, around, old, remat)
+            else:
+                x, new, load = self._run_singly(group, layers[group], x, around, old)
+            caches.append(new)
             loads += load
         if cache is not None:
-            cache = KVCache(layers, cast(jax.Array, around.keys.valid), cache.length + x.shape[1])
+            cache = KVCache(caches, cast(jax.Array, around.keys.valid), cache.length + x.shape[1])
         states = self.final_norm(x)
         if cut and not ring_order:
             states = context.to_natural_order(states, self.sharding)
@@ -335,10 +340,10 @@ class Decoder(nnx.Module):
             carry: tuple[jax.Array, Any], layer: tuple[Any, Any]
         ) -> tuple[tuple[jax.Array, Any], list[RouterLoad]]:
             (x, cache), (blocks, index) = carry, layer
-            old = None if cache is None else jax.tree.map(lambda a: a[index], cache)
+            old = None if cache is None else [stack._replace(row=index) for stack in cache]
             x, new, loads = self.repeat(group, blocks, x, around, old, cycle)
             if cache is not None:
-                cache = jax.tree.map(lambda a, b: self._kept(a.at[index].set(b)), cache, new)
+                cache = [jax.tree.map(self._kept, stack._replace(row=None)) for stack in new]
             return (x, cache), loads
 
         def spelled_out(carry: tuple[jax.Array, Any], layers: Any) -> tuple[tuple[jax.Array, Any], list[RouterLoad]]:
@@ -361,6 +366,19 @@ class Decoder(nnx.Module):
             (x, cache), out = step((x, cache), jax.tree.map(lambda a, index=index: a[index], xs))
             outs.append(out)
         return x, cache, jax.tree.map(lambda *a: jnp.stack(a), *outs)
+
+    def _run_singly(
+        self, group: int, rows: Sequence[Sequence[Block]], x: jax.Array, around: Surroundings, cache: Any
+    ) -> tuple[jax.Array, Any, list[RouterLoad]]:
+        """All repeats of one group, each from blocks of its own, which are no row of a stack."""
+        loads, caches = [], []
+        for number, blocks in enumerate(rows):
+            old = None if cache is None else [singles[number] for singles in cache]
+            x, new, load = self.repeat(group, blocks, x, around, old)
+            caches.append(new)
+            loads.append(load)
+        cache = None if cache is None else [list(singles) for singles in zip(*caches, strict=True)]
+        return x, cache, jax.tree.map(lambda *a: jnp.stack(a), *loads)
 
     def _in_order(self, stack: list[Any], repeats: int) -> list[Any]:
         """The layers one after the other, wherever a pipeline has them."""

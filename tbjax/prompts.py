@@ -11,11 +11,11 @@ Token ids may be numbers in a sequence or any array: NumPy's, JAX's, PyTorch's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard, TypeVar
 
 import numpy as np
 
-from tbjax.generate import check_tokens
+from tbjax.generate.engine import check_tokens
 
 Message: TypeAlias = Mapping[str, Any]
 Chat: TypeAlias = Sequence[Message]
@@ -25,17 +25,25 @@ Prompt: TypeAlias = str | Sequence[str] | Chat | Sequence[Chat] | Ids | Sequence
 KINDS = "a text, a chat (a list of messages), token ids, or a list of one of these"
 
 
+Answer = TypeVar("Answer")
+
+
 class Asked(NamedTuple):
     """A prompt in the model's terms."""
 
     rows: list[list[int]]
-    answer: Callable[[list[list[int]]], Any]  # rows of new ids in the form of the prompt
+    one: bool  # a single prompt, not a list of them
+    read_as: Callable[[list[int]], str] | None  # the text of token ids, if texts were asked
+
+    def form(self, answers: Sequence[Answer]) -> Answer | list[Answer]:
+        """Answers, as many to each row, in the form of the prompt: one to one, otherwise a list."""
+        return answers[0] if self.one and len(answers) == 1 else list(answers)
 
 
 def asked(prompt: Prompt, tokenizer: Callable[[], Any], vocab_size: int) -> Asked:
     """The rows of a prompt. `tokenizer` gives the model's, or raises if it has none: it is called for texts only."""
     if isinstance(prompt, str) or _is_chat(prompt):
-        return _texts([prompt], tokenizer(), lambda texts: texts[0])
+        return _texts([prompt], tokenizer(), one=True)
     if isinstance(prompt, Mapping) and "input_ids" in prompt:
         return asked(_without_padding(prompt), tokenizer, vocab_size)
     if isinstance(prompt, Mapping):
@@ -49,7 +57,7 @@ def asked(prompt: Prompt, tokenizer: Callable[[], Any], vocab_size: int) -> Aske
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not prompt:
         raise ValueError(f"prompt={prompt!r}: it must be {KINDS}.")
     if all(isinstance(item, str) or _is_chat(item) for item in prompt):
-        return _texts(list(prompt), tokenizer(), list)
+        return _texts(list(prompt), tokenizer(), one=False)
     if all(_is_integer(token) for token in prompt):
         return _ids([prompt], vocab_size, one=True)
     rows = [row if (ids := _array(row)) is None else ids for row in prompt]
@@ -60,7 +68,12 @@ def asked(prompt: Prompt, tokenizer: Callable[[], Any], vocab_size: int) -> Aske
     )
 
 
-def _texts(items: Sequence[Any], tokenizer: Any, form: Callable[[list[str]], Any]) -> Asked:
+def reader(tokenizer: Any) -> Callable[[list[int]], str]:
+    """The text of token ids, without special tokens."""
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _texts(items: Sequence[Any], tokenizer: Any, *, one: bool) -> Asked:
     def encode(item: str | Chat) -> list[int]:
         if isinstance(item, str):
             return tokenizer(item)["input_ids"]
@@ -71,16 +84,13 @@ def _texts(items: Sequence[Any], tokenizer: Any, form: Callable[[list[str]], Any
         template["continue_final_message"] = not template["add_generation_prompt"]
         return tokenizer.apply_chat_template(list(item), tokenize=True, return_dict=True, **template)["input_ids"]
 
-    def decode(rows: list[list[int]]) -> Any:
-        return form([tokenizer.decode(row, skip_special_tokens=True) for row in rows])
-
-    return Asked([encode(item) for item in items], decode)
+    return Asked([encode(item) for item in items], one, reader(tokenizer))
 
 
 def _ids(rows: Sequence[Any], vocab_size: int, *, one: bool) -> Asked:
     for row in rows:
         check_tokens(np.asarray(row, None if len(row) else np.int32), vocab_size)
-    return Asked([[int(token) for token in row] for row in rows], lambda out: out[0] if one else out)
+    return Asked([[int(token) for token in row] for row in rows], one, None)
 
 
 def _without_padding(encoded: Mapping[str, Any]) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import tbjax
 from tbjax import LayerKind, ModelConfig
 from tbjax.config import Rope
-from tbjax.generate import _decode, _prefill, generate
+from tbjax.generate import decode, generate, prefill
 from tbjax.layers.cache import make_cache
 from tbjax.sharding import leaves
 
@@ -80,10 +80,10 @@ def test_an_end_token_ends_its_row_only(expected):
 def test_new_lengths_within_a_bucket_compile_nothing():
     made = model((8, 1, 1))
     generate(made, [[1, 2, 3]], max_new_tokens=5)
-    before = _prefill._cache_size(), _decode._cache_size()
+    before = prefill._cache_size(), decode._cache_size()
     for length in (1, 4, 30):
         generate(made, [list(range(1, length + 1))], max_new_tokens=length)
-    assert (_prefill._cache_size(), _decode._cache_size()) == before
+    assert (prefill._cache_size(), decode._cache_size()) == before
 
 
 def test_a_cache_continues_where_it_was_left():

@@ -29,8 +29,8 @@ class Letters:
 
 
 def ask(prompt, vocab_size=256):
-    rows, answer = asked(prompt, Letters, vocab_size)
-    return rows, answer([[ord("x")] for _ in rows])
+    made = asked(prompt, Letters, vocab_size)
+    return made.rows, made.form([made.read_as([ord("x")]) if made.read_as else [ord("x")] for _ in made.rows])
 
 
 def spelled(prompt):

@@ -55,6 +55,7 @@ class Keys(NamedTuple):
     )  # [B, T] bool: a real token stands there; None: everywhere, and queries and keys are the same
     positions: jax.Array  # [B, T] position of each key among its row's (or its document's) real tokens
     segments: jax.Array | None = None  # [B, T] the document of each key, which only its own queries see; None: one
+    slots: jax.Array | None = None  # [T] place of each key in its sequence; None: they stand in order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -265,7 +266,7 @@ def _block(scoring: Scoring, query: jax.Array, key: jax.Array, value: jax.Array,
 
 def _visible(scoring: Scoring, keys: Keys, count: int) -> jax.Array:
     """[B, 1, 1, Q, T], or 1 for B: which keys each query may attend to."""
-    distance = keys.query_slots[:, None] - jnp.arange(count)
+    distance = keys.query_slots[:, None] - (jnp.arange(count) if keys.slots is None else keys.slots)
     visible = distance >= 0
     if scoring.window is not None:
         visible &= distance < scoring.window

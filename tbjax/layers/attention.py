@@ -23,6 +23,7 @@ from tbjax.layers.attend import Keys, Scoring, attend
 from tbjax.layers.context import CutKeys, attend_over_context
 from tbjax.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tbjax.layers.norm import RMSNorm
+from tbjax.layers.ring import LayerCache
 from tbjax.layers.rope import rotate
 from tbjax.sharding import Sharding
 
@@ -108,8 +109,8 @@ class Attention(nnx.Module):
         x: jax.Array,
         keys: Keys | CutKeys,
         angles: tuple[jax.Array, jax.Array] | None,
-        cache: tuple[jax.Array, jax.Array] | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
         """The attention's output for x [B, S, D], and the layer's cache with x's keys and values written in."""
         query, key, value = (
             checkpoint_name(made(x), name)
@@ -131,8 +132,7 @@ class Attention(nnx.Module):
             out = attend_over_context(query, key, value, keys, self._scoring(), self.sharding)
         else:
             if cache is not None:
-                first = keys.query_slots[0]
-                key, value = cache = (_write(cache[0], key, first), _write(cache[1], value, first))
+                cache, key, value, keys = cache.write(key, value, keys)
             out = attend(query, key, value, keys, self._scoring(), self.sharding)
         out = checkpoint_name(self.layout.collect(self._whole(self._over_heads(out, sequence))), "attended")
         return self.output(out.reshape(*out.shape[:2], -1)), cache
@@ -174,10 +174,6 @@ def alibi_slopes(heads: int) -> list[float]:
     whole = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * i / whole) for i in range(1, whole + 1)]
     return slopes + [2 ** (-4 * i / whole) for i in range(1, 2 * (heads - whole) + 1, 2)]
-
-
-def _write(cache: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), first, axis=1)
 
 
 def _pad(a: jax.Array, axis: int, amount: int) -> jax.Array:

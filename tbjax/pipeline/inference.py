@@ -24,14 +24,19 @@ from jax.sharding import PartitionSpec
 
 from tbjax.layers.attention import HeadLayout
 from tbjax.layers.cache import KVCache
+from tbjax.layers.ring import LayerCache
 from tbjax.model import Decoder, Surroundings
 from tbjax.pipeline.execute import pipelined_hidden
 from tbjax.pipeline.schedule import ForwardOnly
 from tbjax.pipeline.stages import Stage, over_stages
 
 # Of each position in the pattern the keys and the values, [L, G, B, T, K, N].
-Caches = list[tuple[jax.Array, jax.Array]]
+Caches = list[LayerCache]
 _OWN = PartitionSpec("pp")  # how they lie over the stages
+
+
+# By scores [B, V] and what is known of the rows: what is picked of each, its `token` among it, and the rows thereafter.
+Pick = Callable[[jax.Array, Any], tuple[Any, Any]]
 
 
 class Unanswered(NamedTuple):
@@ -50,6 +55,11 @@ def runs_in_stages(model: Decoder) -> bool:
 
 def logits(model: Decoder, tokens: Any, mask: Any = None, positions: Any = None, segments: Any = None) -> jax.Array:
     """As a call of the model: [B, S, V]."""
+    return model.logits(states(model, tokens, mask, positions, segments))
+
+
+def states(model: Decoder, tokens: Any, mask: Any = None, positions: Any = None, segments: Any = None) -> jax.Array:
+    """As `model.hidden`: [B, S, D]."""
     batch = Unanswered(*(None if a is None else jnp.asarray(a) for a in (tokens, mask, positions, segments)))
     if batch.tokens.ndim != 2:
         raise ValueError(f"tokens must be integers [batch, sequence], not {list(batch.tokens.shape)}.")
@@ -57,7 +67,7 @@ def logits(model: Decoder, tokens: Any, mask: Any = None, positions: Any = None,
     groups, of_one = deal(rows, model)
     whole = jax.tree.map(lambda a: _filled(a, groups * of_one), batch)
     hidden = pipelined_hidden(model, whole, microbatches=groups)
-    return model.logits(hidden.states[:rows])
+    return hidden.states[:rows]
 
 
 def deal(rows: int, model: Decoder) -> tuple[int, int]:
@@ -68,89 +78,105 @@ def deal(rows: int, model: Decoder) -> tuple[int, int]:
     return -(-rows // of_one), of_one
 
 
-def prefill(model: Decoder, tokens: jax.Array, mask: jax.Array, capacity: int) -> tuple[jax.Array, KVCache]:
-    """The likeliest token [B, 1] after each prompt [B, S], and the cache that holds the prompts."""
-    rows = tokens.shape[0]
-    shape = deal(rows, model)
-    tokens, mask = (_grouped(jnp.asarray(a), shape) for a in (tokens, mask))
+def prefill(
+    model: Decoder, tokens: jax.Array, mask: jax.Array, capacity: int, pick: Pick, rows: Any
+) -> tuple[Any, Any, KVCache]:
+    """What is picked of each row's scores after its prompt [B, S], the rows thereafter, and the cache of the prompts.
 
-    def work(stage: "_Stage", tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, Caches]:
+    `rows` is what `pick` has to know of them, in arrays over the batch.
+    """
+    batch = tokens.shape[0]
+    shape = deal(batch, model)
+    tokens, mask, rows = jax.tree.map(lambda a: _grouped(jnp.asarray(a), shape), (tokens, mask, rows))
+
+    def work(stage: "_Stage", tokens: jax.Array, mask: jax.Array, rows: Any) -> tuple[Any, Caches]:
         positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
         nothing = jnp.zeros((shape[1], capacity), bool)
 
         def tick(number: jax.Array, carry: Any) -> Any:
-            x, caches, first = carry
+            x, caches, picked = carry
             group = jnp.clip(number - stage.index, 0, shape[0] - 1)
             mine = group == number - stage.index
             empty = KVCache([], nothing, jnp.int32(0))
             around = stage.model.surroundings(tokens[group], mask[group], positions[group], empty)
             x = jnp.where(stage.is_first, stage.begin(tokens[group]), x)
             x, caches = stage.run(x, around, caches, group, mine)
-            chosen = jnp.where(mine & stage.is_last, stage.best(x[:, -1:])[:, 0], first[group])
-            return stage.hand_on(x), caches, first.at[group].set(chosen)
+            found = pick(stage.scores(x[:, -1:]), _of(rows, group))
+            return stage.hand_on(x), caches, _put(picked, found, group, mine & stage.is_last)
 
-        carry = stage.nothing(tokens.shape[1:]), stage.caches(shape, capacity), jnp.zeros(shape, jnp.int32)
-        _, caches, first = jax.lax.fori_loop(0, shape[0] + stage.cut.stages - 1, tick, carry)
-        return jax.lax.psum(first, "pp"), caches
+        one = jax.eval_shape(lambda: pick(stage.scores(stage.nothing((shape[1], 1))), _of(rows, 0)))
+        picked = jax.tree.map(lambda a: jnp.zeros((shape[0], *a.shape), a.dtype), one)
+        carry = stage.nothing(tokens.shape[1:]), stage.caches(shape, capacity), picked
+        _, caches, picked = jax.lax.fori_loop(0, shape[0] + stage.cut.stages - 1, tick, carry)
+        return stage.from_last(picked), caches
 
-    first, caches = _serve(work, model, (tokens, mask), (PartitionSpec(), PartitionSpec()))
+    given = tokens, mask, rows
+    picked, caches = _serve(work, model, given, (PartitionSpec(),) * len(given))
     valid = jnp.zeros((*shape, capacity), bool).at[..., : tokens.shape[-1]].set(mask.astype(bool))
-    return _together(first, rows)[:, None], KVCache([caches], valid, jnp.int32(tokens.shape[-1]))
+    cache = KVCache([caches], valid, jnp.int32(tokens.shape[-1]))
+    return *jax.tree.map(lambda a: _together(a, batch), picked), cache
 
 
-def decode(
-    model: Decoder, first: jax.Array, cache: KVCache, eos: jax.Array, limit: jax.Array, room: int
-) -> tuple[jax.Array, KVCache]:
-    """[B, room]: `first`, then what follows, until every row has met one of `eos` or `limit` tokens are written."""
-    rows = first.shape[0]
+def decode(model: Decoder, state: Any, written: Any, pick: Pick, eos: jax.Array, count: jax.Array) -> tuple[Any, Any]:
+    """`written`, arrays [B, room] of what is picked, with the next `count` tokens of each row, or fewer if every row
+    has met one of `eos` before; and the state (`tbjax.generate.programs.State`) thereafter."""
+    batch, cache = state.token.shape[0], state.cache
     shape = cache.valid.shape[0], cache.valid.shape[1]
     # All but the first group are still on their way when the first has come round.
-    turns = jnp.asarray(limit) - 1 + (shape[0] > 1)
+    turns = jnp.asarray(count) + (shape[0] > 1)
 
-    def work(stage: "_Stage", given: tuple[Any, ...], caches: Caches) -> tuple[jax.Array, Caches]:
-        first, valid, length, eos, limit, turns = given
+    def work(stage: "_Stage", given: tuple[Any, ...], caches: Caches) -> tuple[Any, Caches]:
+        first, done, rows, written, valid, length, eos, count, turns = given
         slots = jnp.arange(valid.shape[-1])
 
         def tick(number: jax.Array, carry: Any) -> Any:
-            x, caches, out, done = carry
+            x, caches, written, kept = carry
             group = (number - stage.index) % stage.cut.stages
             step = (number - stage.index - group) // stage.cut.stages
-            mine = (group < shape[0]) & (step >= 0) & (step < limit - 1)
-            group, step = jnp.minimum(group, shape[0] - 1), jnp.clip(step, 0, room - 2)
+            mine = (group < shape[0]) & (step >= 0) & (step < count)
+            group, step = jnp.minimum(group, shape[0] - 1), jnp.clip(step, 0, jnp.maximum(count - 1, 0))
             known = valid[group] | ((slots >= length) & (slots < length + step))
             position = jnp.sum(known, axis=1, keepdims=True)
-            token = out[group, :, :1]  # what the prompt led to; of later ones only the states come by
-            around = stage.model.surroundings(token, None, position, KVCache([], known, length + step))
-            x = jnp.where(stage.is_first & (step == 0), stage.begin(token), x)
+            begun = first[group][:, None]  # what the state ends with; of later ones only the states come by
+            around = stage.model.surroundings(begun, None, position, KVCache([], known, length + step))
+            x = jnp.where(stage.is_first & (step == 0), stage.begin(begun), x)
             x, caches = stage.run(x, around, caches, group, mine)
-            token = stage.best(x)
-            x = jnp.where(stage.is_last, stage.begin(token), x)
+            _, done, rows = kept
+            picked, after = pick(stage.scores(x), _of(rows, group))
+            x = jnp.where(stage.is_last, stage.begin(picked.token[:, None]), x)
             mine &= stage.is_last
-            out = out.at[group, :, step + 1].set(jnp.where(mine, token[:, 0], out[group, :, step + 1]))
-            done = done.at[group].set(done[group] | (mine & jnp.isin(token[:, 0], eos)))
-            return stage.hand_on(x), caches, out, done
+            ended = done[group] | jnp.isin(picked.token, eos)
+            kept = _put(kept, (picked.token, ended, after), group, mine)
+
+            def noted(all_: jax.Array, new: jax.Array) -> jax.Array:
+                return all_.at[group, :, step].set(jnp.where(mine, new, all_[group, :, step]))
+
+            return stage.hand_on(x), caches, jax.tree.map(noted, written, picked), kept
 
         def circle(state: Any) -> Any:
             """Once round all stages: about one token of every row."""
             number, _, carry = state
             ticks = number * stage.cut.stages
             carry = jax.lax.fori_loop(ticks, ticks + stage.cut.stages, tick, carry)
-            return number + 1, unfinished(carry[-1]), carry
+            return number + 1, unfinished(carry[-1][1]), carry
 
         def unfinished(done: jax.Array) -> jax.Array:
             # All stages stop in the same tick, so they must know alike what only the last one sees.
             return jax.lax.psum(jnp.int32(stage.is_last & ~jnp.all(done)), "pp") > 0
 
-        out = jnp.zeros((*shape, room), jnp.int32).at[..., 0].set(first)
-        done = jnp.isin(first, eos)
-        carry = stage.nothing((shape[1], 1)), caches, out, done
-        state = jnp.int32(0), unfinished(done) & (limit > 1), carry
-        _, _, (_, caches, out, _) = jax.lax.while_loop(lambda state: (state[0] < turns) & state[1], circle, state)
-        return jax.lax.psum(jnp.where(stage.is_last, out, 0), "pp"), caches
+        carry = stage.nothing((shape[1], 1)), caches, written, (first, done, rows)
+        state = jnp.int32(0), unfinished(done) & (count > 0), carry
+        _, _, (_, caches, *found) = jax.lax.while_loop(lambda state: (state[0] < turns) & state[1], circle, state)
+        return stage.from_last(tuple(found)), caches
 
-    given = _grouped(first, shape)[..., 0], cache.valid, cache.length, eos, jnp.asarray(limit), turns
-    out, caches = _serve(work, model, (given, cache.layers[0]), (PartitionSpec(), _OWN))
-    return _together(out, rows), KVCache([caches], cache.valid, cache.length)
+    grouped = jax.tree.map(lambda a: _grouped(a, shape), (state.token, state.done, state.rows, written))
+    given = *grouped, cache.valid, cache.length, eos, jnp.asarray(count), turns
+    found, caches = _serve(work, model, (given, cache.layers[0]), (PartitionSpec(), _OWN))
+    written, (token, done, rows) = jax.tree.map(lambda a: _together(a, batch), found)
+    slots = jnp.arange(cache.valid.shape[-1])
+    valid = cache.valid | ((slots >= cache.length) & (slots < cache.length + count))
+    cache = KVCache([caches], valid, cache.length + count)
+    return written, state._replace(cache=cache, token=token, done=done, rows=rows)
 
 
 class _Stage(Stage):
@@ -179,7 +205,7 @@ class _Stage(Stage):
         heads = HeadLayout.fit(config.heads, config.kv_heads, tp).total
         empty = jnp.zeros((self.cut.rows, *shape, capacity, heads, config.head_dim), self.model.dtype)
         empty = _kept(self.model, empty)
-        return [(empty, empty) for _ in config.groups[0].pattern]
+        return [LayerCache(empty, empty) for _ in config.groups[0].pattern]
 
     def run(
         self, x: jax.Array, around: Surroundings, caches: Caches, group: jax.Array, mine: jax.Array
@@ -203,15 +229,33 @@ class _Stage(Stage):
         pairs = [(stage, (stage + 1) % stages) for stage in range(stages)]
         return jax.lax.ppermute(self.model.sharding.residual(x), "pp", pairs)
 
-    def best(self, x: jax.Array) -> jax.Array:
-        """The likeliest token [B, S] after what the last layer gave [B, S, D], known to all of the stage's devices."""
-        chosen = jnp.argmax(self.model.logits(self.model.final_norm(x)), axis=-1)
-        return self.model.sharding.constrain(chosen.astype(jnp.int32), None, None)
+    def scores(self, x: jax.Array) -> jax.Array:
+        """Of what may follow what the last layer gave [B, 1, D]: [B, V]."""
+        return self.model.logits(self.model.final_norm(x))[:, 0]
+
+    def from_last(self, tree: Any) -> Any:
+        """What the last stage has, known to all."""
+
+        def known(a: jax.Array) -> jax.Array:
+            wide = a.astype(jnp.int32) if a.dtype == bool else a
+            return jax.lax.psum(jnp.where(self.is_last, wide, 0), "pp").astype(a.dtype)
+
+        return jax.tree.map(known, tree)
+
+
+def _of(tree: Any, group: Any) -> Any:
+    """One group's part of arrays over groups."""
+    return jax.tree.map(lambda a: a[group], tree)
+
+
+def _put(tree: Any, new: Any, group: jax.Array, counts: jax.Array) -> Any:
+    """Arrays over groups with what is `new` of one of them, if it `counts`."""
+    return jax.tree.map(lambda a, b: a.at[group].set(jnp.where(counts, b, a[group])), tree, new)
 
 
 def _serve(
-    work: Callable[..., tuple[jax.Array, Caches]], model: Decoder, given: tuple[Any, ...], in_specs: tuple[Any, ...]
-) -> tuple[jax.Array, Caches]:
+    work: Callable[..., tuple[Any, Caches]], model: Decoder, given: tuple[Any, ...], in_specs: tuple[Any, ...]
+) -> tuple[Any, Caches]:
     """`work(stage, *given)` on every stage: what it returns first is the same on all, the caches are each one's own."""
     out_specs = PartitionSpec(), _OWN
     return over_stages(work, model, ForwardOnly(), given, in_specs=in_specs, out_specs=out_specs, kind=_Stage)

@@ -9,7 +9,7 @@ import pytest
 import tbjax
 from tbjax.config import LayerKind, ModelConfig, MoE
 from tbjax.cut import cut
-from tbjax.generate import _decode, _prefill, generate
+from tbjax.generate import Rows, decode, generate, prefill
 from tbjax.mesh import make_mesh
 from tbjax.pipeline.schedule import Interleaved1F1B
 from tbjax.planner import hlo
@@ -103,11 +103,12 @@ def test_logits_are_those_of_one_device(alone, mesh):
 def test_every_stage_holds_the_keys_and_values_of_its_own_layers_and_sends_nothing_but_states():
     made = model(CONFIG, {"pp": 2, "tp": 2})
     tokens = np.ones((2, 32), np.int32)
-    first, cache = _prefill(made, tokens, tokens, 64)
-    for array in jax.tree.leaves(cache.layers):
+    rows, eos = Rows(written=np.zeros(2, np.int32), least=np.zeros(2, np.int32)), np.asarray([-1], np.int32)
+    _, state = prefill(made, tokens, tokens, {}, rows, eos, np.zeros(2, bool), capacity=64)
+    for array in jax.tree.leaves(state.cache.layers):
         assert array.shape == (6, 2, 1, 64, 4, 16)  # three heads over two devices are four; five layers six rows
         assert {shard.data.shape for shard in array.addressable_shards} == {(3, 2, 1, 64, 2, 16)}
-    compiled = _decode.lower(made, first, cache, np.asarray([-1], np.int32), np.int32(8), 32).compile()
+    compiled = decode.lower(made, state, {}, eos, np.int32(8), room=32).compile()
     found = hlo.read(str(compiled.as_text()), {axis: made.mesh.shape[axis] for axis in made.mesh.axis_names})
     between = [c for c in found.collectives if "pp" in c.axes]
     # The residual stream of one group, and in a circle and at the end what all must know.

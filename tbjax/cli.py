@@ -1,5 +1,5 @@
 """The command line: `tbjax plan`, `tbjax verify`, `tbjax convert`, `tbjax generate`, `tbjax pipeline`,
-`tbjax train`, `tbjax hardware`, `tbjax models`.
+`tbjax train`, `tbjax hardware`, `tbjax models`, `tbjax doctor`.
 
 Commands import what they need when they run, so that `--help` answers at once.
 """
@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from interop.convert import Dtype, asking_about_pickles, convert
+from tbjax.doctor.command import doctor
 from tbjax.pipeline.command import pipeline
 from tbjax.planner.command import plan, verify
 from tbjax.planner.listing import hardware, models
@@ -28,6 +29,7 @@ app.command()(convert)
 app.command()(train)
 app.command()(pipeline)
 app.command()(hardware)
+app.command()(doctor)
 app.command()(models)
 
 

@@ -69,6 +69,15 @@ def write(
                 yield answers
 
 
+def generate(
+    model: Decoder, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_tokens: Sequence[int] = ()
+) -> list[list[int]]:
+    """The likeliest tokens after each prompt, up to and without the first of `eos_tokens`."""
+    settings = Settings(max_new_tokens=max_new_tokens, eos_token_id=tuple(eos_tokens))
+    *_, answers = write(model, prompts, settings)
+    return [answer.tokens for answer in answers]
+
+
 def _steps(config: ModelConfig, length: int, budget: int) -> int:
     """How many tokens a row of `length` may write before all its keys turn otherwise; of a longer budget, about that.
 

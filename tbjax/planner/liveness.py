@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from tbjax.config import LayerKind, ModelConfig
 from tbjax.planner.device import Hardware, Vendor
 from tbjax.planner.parameters import layer_tensors
-from tbjax.planner.workload import Workload
+from tbjax.planner.workload import Layout, Workload
 
 # `tbjax.layers.attend`: the float32 scores that a block of queries may have on a device, and what its queries are a
 # multiple of.
@@ -32,6 +32,9 @@ BLOCK_MULTIPLE = 128
 # There too: the least compute capability, and the widest heads, that cuDNN's attention is used for.
 CUDNN_CAPABILITY = 8
 CUDNN_HEAD_DIM = 128
+
+# And what a sequence must be a multiple of for splash attention.
+SPLASH_MULTIPLE = 128
 
 
 class Live(NamedTuple):
@@ -78,8 +81,10 @@ def compiler(vendor: Vendor, compute_bytes: int) -> Compiler:
     return "cpu, bfloat16" if vendor == "cpu" and compute_bytes == 2 else vendor
 
 
-def is_fused(config: ModelConfig, workload: Workload, hardware: Hardware) -> bool:
-    """Whether attention in training is cuDNN's: `tbjax.layers.attend` again."""
+def is_fused(config: ModelConfig, workload: Workload, layout: Layout, hardware: Hardware) -> bool:
+    """Whether attention in training is the device's own kernel: `tbjax.layers.attend` again."""
+    if hardware.vendor == "google":
+        return workload.seq_len % SPLASH_MULTIPLE == 0 and layout.cp == 1 and not config.alibi
     return (
         hardware.vendor == "nvidia"
         and int(hardware.target.get("major", CUDNN_CAPABILITY)) >= CUDNN_CAPABILITY

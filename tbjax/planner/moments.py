@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
 from tbjax.config import ModelConfig
@@ -11,7 +11,7 @@ from tbjax.planner.device import Hardware
 from tbjax.planner.flight import activations_in_flight, arrivals_in_flight
 from tbjax.planner.liveness import Compiler, Layer, Live
 from tbjax.planner.parameters import TILE, Shard, shards, stage_layers
-from tbjax.planner.workload import Layout, Optimizer, Remat, Workload
+from tbjax.planner.workload import Layout, Optimizer, Workload
 from tbjax.sharding import STATIONARY_SHARE, ShardingStrategy
 
 # Float32 logits that the loss computes at once on a device (`tbjax.training.loss.CHUNK_BYTES`).
@@ -20,8 +20,10 @@ LOGITS_CHUNK = 128 * 2**20
 # Whole copies of one layer's matrices that the Newton-Schulz iteration of muon, run layer by layer, has at once.
 MUON_COPIES = 3.5
 
-# What remat="none" keeps inside a norm: two arrays of float32, each as large as two of bfloat16.
-NORM_ARRAYS = 4
+# What remat="none" keeps inside the two norms of a layer, in arrays of bfloat16 (one of float32 is as large as two). A
+# norm casts what it takes to float32, and scales that. libtpu keeps the former as it came, which for the first norm is
+# the layer's input, and kept anyway.
+NORM_ARRAYS: Mapping[Compiler, int] = {"nvidia": 8, "google": 5, "cpu": 8, "cpu, bfloat16": 8}
 
 Parts: TypeAlias = dict[str, float]
 
@@ -72,6 +74,11 @@ class Step(NamedTuple):
     def gathers(self) -> bool:
         """Whether weights lie in parts that are brought together where they are used."""
         return self.layout.strategy.cuts_parameters and self.layout.fsdp * self.layout.ep > 1
+
+    @property
+    def fused(self) -> bool:
+        """Whether attention is a kernel that keeps no scores."""
+        return liveness.is_fused(self.config, self.workload, self.layout, self.hardware)
 
     @property
     def narrow(self) -> bool:
@@ -218,7 +225,7 @@ def _saved_bytes(step: Step) -> float:
     """What forward passes leave for backward passes, on the stage that holds most."""
     layout = step.layout
     flight = activations_in_flight(layout.schedule, layout.pp, layout.microbatches, layout.chunks)
-    held = flight * sum(kind.repeats * _saved(kind, layout.remat) for kind in step.kinds)
+    held = flight * sum(kind.repeats * _saved(kind, step) for kind in step.kinds)
     if layout.remat == "stage":
         # Nothing besides what has arrived; but a backward pass begins with a forward pass of its piece, and has the
         # inputs of its layers.
@@ -230,8 +237,9 @@ def _saved_bytes(step: Step) -> float:
     return step.layers / step.config.layers * step.tokens * step.compute * held
 
 
-def _saved(layer: Layer, remat: Remat) -> int:
+def _saved(layer: Layer, step: Step) -> int:
     """Elements of one token that a layer's forward pass leaves for its backward pass."""
+    remat = step.layout.remat
     if remat in ("full", "stage"):
         return layer.residual
     if remat == "dots":
@@ -239,10 +247,11 @@ def _saved(layer: Layer, remat: Remat) -> int:
         outwards = layer.residual * (2 if layer.post_norm else 1)
         inner = 0 if layer.experts else layer.inner  # ragged matmuls are not among them
         return layer.residual + layer.queries + 2 * layer.keys + outwards + layer.router + inner
-    # What is inside both norms and what they gave; what attention took and gave; for each matrix into the feed-forward
+    # What is inside both norms and what they gave, which is kept as it lies cut: gathering it is done again. What
+    # attention took and gave, splash attention's also with the heads in front; for each matrix into the feed-forward
     # layer its result and two factors of its gradient.
-    norms = layer.residual * 2 * NORM_ARRAYS + layer.embed * 2
-    attention = 2 * layer.queries + 2 * layer.keys
+    norms = layer.residual * (NORM_ARRAYS[step.compiler] + 2)
+    attention = (3 if step.compiler == "google" and step.fused else 2) * layer.queries + 2 * layer.keys
     inner = layer.copies * (3 * layer.inner + (2 * layer.embed if layer.experts else 0))
     return layer.residual + norms + attention + layer.router + inner
 
@@ -280,7 +289,7 @@ def _backward(step: Step, layer: Layer) -> Iterator[tuple[str, Parts]]:
     sequence = step.tokens // step.rows
     block = liveness.block_of(sequence, step.workload.seq_len, step.rows * layer.heads)
     scores = step.rows * layer.heads * block * step.workload.seq_len
-    fused = liveness.is_fused(step.config, step.workload, step.hardware)
+    fused = step.fused
     attention = liveness.FUSED if fused else liveness.ATTENTION[compiler]
     feed_forward = liveness.FEED_FORWARD[compiler]
     if layout.tp > 1:

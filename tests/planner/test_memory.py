@@ -44,6 +44,7 @@ def test_chunks_and_blocks_are_those_of_the_program() -> None:
     assert (liveness.SCORE_BYTES, liveness.BLOCK_MULTIPLE) == (attend.SCORE_BYTES, attend.BLOCK_MULTIPLE)
     cudnn = (liveness.CUDNN_CAPABILITY, liveness.CUDNN_HEAD_DIM)
     assert cudnn == (attend.CUDNN_CAPABILITY, attend.CUDNN_HEAD_DIM)
+    assert liveness.SPLASH_MULTIPLE == attend.SPLASH_MULTIPLE
 
 
 @given(queries=draw.integers(1, 40_000), keys=draw.integers(1, 40_000), heads=draw.integers(1, 512))

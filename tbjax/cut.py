@@ -134,7 +134,7 @@ def cut(repeats: int, stages: int, placement: Placement | None = None, *, counts
         if repeats < pieces:
             raise ValueError(
                 f"{asked} makes {pieces} pieces, but there are {repeats} to share out: a piece has one at least, so "
-                f"pp={max(1, repeats // chunks)} is the most{'' if chunks == 1 else ', or fewer chunks'}."
+                f"pp={max(1, repeats // chunks)} is the most{'' if chunks == 1 else ', or a schedule of fewer chunks'}."
             )
         counts = [repeats // pieces + (piece < repeats % pieces) for piece in range(pieces)]
     if len(counts) != pieces or sum(counts) != repeats:

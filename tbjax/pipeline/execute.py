@@ -23,7 +23,7 @@ from tbjax.layers.context import arranged, to_natural_order
 from tbjax.model import Decoder, Hidden
 from tbjax.pipeline.graph import NONE
 from tbjax.pipeline.grid import IDLE, Cell, Grid, lay_out
-from tbjax.pipeline.schedule import ForwardOnly, Kind, Schedule
+from tbjax.pipeline.schedule import ForwardOnly, Kind, Schedule, chosen
 from tbjax.pipeline.stages import Payload, Stage, Tokens, Weights, finish, join, over_stages, specs
 from tbjax.pipeline.training import StageRemat, State, TrainingStage, when
 
@@ -42,7 +42,7 @@ def pipelined_gradients(
     batch: Tokens,
     loss: WholeLoss,
     *,
-    schedule: Schedule,
+    schedule: Schedule | str,
     microbatches: int,
     dtype: Any = None,
     remat: StageRemat = "full",
@@ -53,6 +53,7 @@ def pipelined_gradients(
     a microbatch, the microbatch and the whole batch. `remat` says what is kept from forward to backward: see
     `tbjax.pipeline.training`.
     """
+    schedule = chosen(schedule)
     grid = lay_out(schedule, model.sharding.size("pp"), microbatches, saves=remat != "stage")
     if grid.kinds == (Kind.FORWARD, IDLE):
         raise ValueError(f"schedule={schedule.name!r} only runs forward: it trains nothing.")

@@ -256,6 +256,18 @@ def named(name: str, chunks: int | None = None) -> Schedule:
     return schedule
 
 
+def chosen(schedule: Schedule | str) -> Schedule:
+    """A schedule that is given as it is or by its name."""
+    if isinstance(schedule, str):
+        return named(schedule)
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"schedule={schedule!r} is no schedule: give one of the names {', '.join(NAMED)}, or a "
+            "tbjax.pipeline.schedule.Schedule such as Interleaved1F1B(chunks=4)."
+        )
+    return schedule
+
+
 def _forwards(chunk: int, microbatches: int) -> Order:
     return tuple(Task(Kind.FORWARD, chunk, microbatch) for microbatch in range(microbatches))
 

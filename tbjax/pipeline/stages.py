@@ -10,7 +10,8 @@ of all layers together. Its gradient comes back in the same form.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -23,7 +24,7 @@ from tbjax.layers.moe import RouterLoad
 from tbjax.model import Decoder, Hidden, Surroundings, auxiliary_loss
 from tbjax.pipeline.exchange import Exchange, route, table
 from tbjax.pipeline.grid import Cell
-from tbjax.pipeline.schedule import Schedule
+from tbjax.pipeline.schedule import Schedule, chosen
 from tbjax.sharding import leaves
 
 
@@ -58,26 +59,43 @@ class Weights(NamedTuple):
 
 
 def cut_for(
-    config: ModelConfig, schedule: Schedule | None, stages: int, counts: Sequence[int] | None = None
+    config: ModelConfig, schedule: Schedule | str | None, stages: int, counts: Sequence[int] | None = None
 ) -> Cut | None:
     """The cut under which `schedule` finds every layer where it runs it: for the `Sharding` that a model is made with.
 
     `counts` says how many layers each piece of the model has, in the model's order; by default as equal as can be. None
     is the cut that a mesh has by itself: without stages, or where the layers follow no single pattern.
     """
+    schedule = None if schedule is None else chosen(schedule)
     group, *others = config.groups
-    if counts is not None and (stages == 1 or others):
-        why = "the mesh has no stages (pp=1)" if stages == 1 else "the layers of this model follow no single pattern"
-        raise ValueError(f"stage_layers={list(counts)}: {why}, so there is nothing to share out.")
-    if stages == 1 or others:
-        return None
-    width = len(group.pattern)
-    if counts is not None and any(count % width for count in counts):
-        raise ValueError(
-            f"pieces of {', '.join(map(str, counts))} layers: this model repeats a pattern of {width} layers, which "
-            f"no piece may break, so each has a multiple of {width}."
+    if counts is not None:
+        if stages == 1 or others:
+            why = (
+                "the mesh has no stages (pp=1)" if stages == 1 else "the layers of this model follow no single pattern"
+            )
+            raise ValueError(f"stage_layers={counts!r}: {why}, so there is nothing to share out.")
+        counts = _repeats(config, counts, stages * (1 if schedule is None else schedule.chunks))
+    return None if stages == 1 or others else cut(group.repeats, stages, schedule, counts=counts)
+
+
+def _repeats(config: ModelConfig, counts: Sequence[int], pieces: int) -> list[int]:
+    """Layers of each piece, as `stage_layers` gives them, in repeats of the model's pattern."""
+    if isinstance(counts, str) or not isinstance(counts, Iterable) or not all(isinstance(n, Integral) for n in counts):
+        raise TypeError(
+            f"stage_layers={counts!r}: give the number of layers of each of the {pieces} pieces, as (4, 4)."
         )
-    return cut(group.repeats, stages, schedule, counts=None if counts is None else [n // width for n in counts])
+    asked, width = f"stage_layers={[*map(int, counts)]}", len(config.groups[0].pattern)
+    if len(counts) != pieces or sum(counts) != config.layers or min(counts) < 1:
+        raise ValueError(
+            f"{asked}: this model has {config.layers} layers, to be shared out to {pieces} pieces of one layer at "
+            f"least (a piece for each stage and chunk); here are {len(counts)} that add up to {sum(counts)}."
+        )
+    if any(count % width for count in counts):
+        raise ValueError(
+            f"{asked}: this model repeats a pattern of {width} layers, which no piece may break, so each has a "
+            f"multiple of {width}."
+        )
+    return [int(count) // width for count in counts]
 
 
 def cuts(model: Decoder, schedule: Schedule) -> tuple[Cut, Cut]:

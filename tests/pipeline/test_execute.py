@@ -14,6 +14,7 @@ import pytest
 from tbjax.cut import cut
 from tbjax.model import Decoder
 from tbjax.pipeline.execute import pipelined_hidden
+from tbjax.pipeline.grid import lay_out
 from tbjax.pipeline.schedule import ZBH1, ZBH2, ZBV, ForwardOnly, GPipe, Interleaved1F1B, OneFOneB
 from tbjax.pipeline.stages import cut_for
 from tbjax.planner import hlo
@@ -135,7 +136,10 @@ def test_in_a_tick_there_are_permutes_between_stages_and_what_the_task_takes(nam
     ends = 4 * (2 * 256 * 64 + 64) + 4
     assert total.bytes <= ends
     # A permute within a stage would make other stages wait, which do something else.
-    assert [c.axes for c in found.collectives if c.kind == "collective-permute"] == [("pp",)]
+    [permutes] = [c for c in found.collectives if c.kind == "collective-permute"]
+    assert permutes.axes == ("pp",)
+    # As many ticks as the schedule has, each with a transfer both ways: of the residual stream, and the experts' load.
+    assert permutes.count == 2 * lay_out(schedule, mesh["pp"], 4, saves=True).ticks * (4 if name == "experts" else 1)
     # Outside of the tasks' own loops a tick computes nothing: that would be done whether there is such a task or not.
     tick = body_of_the_ticks(text)
     assert "while(" in tick
@@ -171,6 +175,27 @@ def test_what_cannot_be_cut_is_refused_with_what_would_do():
         run({"pp": 2}, OneFOneB(), remat="some")
     with pytest.raises(ValueError, match="repeats a pattern of 2 layers, which no piece may break"):
         cut_for(MODELS["windows"], OneFOneB(), 2, counts=(3, 5))
+    with pytest.raises(TypeError, match="schedule=2 is no schedule: give one of the names gpipe, 1f1b"):
+        run({"pp": 2}, 2)
+    with pytest.raises(ValueError, match="schedule 'fast' is unknown: tbjax knows gpipe, 1f1b"):
+        run({"pp": 2}, "fast")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "counts", "says"),
+    [
+        (OneFOneB(), (4, 3), r"\[4, 3\]: this model has 8 layers.* here are 2 that add up to 7"),
+        (OneFOneB(), (9, -1), r"2 pieces of one layer at least .* here are 2 that add up to 8"),
+        ("interleaved", (4, 4), r"4 pieces of one layer at least \(a piece for each stage and chunk\)"),
+        (None, 8, r"stage_layers=8: give the number of layers of each of the 2 pieces"),
+        (None, "44", r"stage_layers='44': give the number"),
+        (None, (4.0, 4.0), r"give the number of layers of each of the 2 pieces, as \(4, 4\)"),
+        (ZBV, None, r"schedule=<class .*ZBV.*> is no schedule"),
+    ],
+)
+def test_layers_that_cannot_be_shared_out_so_are_refused(schedule, counts, says):
+    with pytest.raises((TypeError, ValueError), match=says):
+        cut_for(DENSE, schedule, 2, counts)
 
 
 def train(sharding, precision):

@@ -8,6 +8,7 @@ from typing import Any
 
 _HOMES = {
     "auto": ("AutoModelForCausalLM", "init_device_mesh"),
+    "hosts": ("MultiNodeTrainingManager",),
     "zero": ("DeepSpeedSettings", "deepspeed"),
     "models": (
         "ColumnParallelLinear",

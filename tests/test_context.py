@@ -18,6 +18,7 @@ from tbjax.mesh import make_mesh
 from tbjax.model import Decoder
 from tbjax.sharding import Sharding, leaves
 from tbjax.training import IGNORED, Batch, init_state, make_optimizer, make_step
+from tbjax.training.evaluation import evaluate
 from tbjax.training.step import gradients_of
 from tests import tiny
 
@@ -198,6 +199,14 @@ def test_a_pipeline_cuts_sequences_too():
     np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
     for path, gradient in wanted.items():
         assert distance(gradients[path], gradient) <= 1e-5, path
+
+
+@pytest.mark.parametrize("mesh", [{"cp": 4, "tp": 2}, {"pp": 2, "cp": 2, "fsdp": 2}], ids=["cp x tp", "pp x cp x fsdp"])
+def test_an_evaluation_finds_the_loss_of_one_device(mesh):
+    data = [batch("llama", "packed")] * 2
+    ours, wanted = (evaluate(born("llama", on(devices)), data, precision="float32") for devices in (mesh, {"dp": 1}))
+    assert ours.targets == wanted.targets
+    np.testing.assert_allclose(ours.loss, wanted.loss, rtol=1e-6)
 
 
 def test_a_step_refuses_a_sequence_that_does_not_divide():

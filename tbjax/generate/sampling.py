@@ -46,8 +46,14 @@ class Chosen(NamedTuple):
 
 def keys(seeds: Sequence[tuple[int, int]]) -> np.ndarray:
     """[B, 2]: a key for each row, of its seed and of which of the seed's samples it is."""
-    made = [jax.random.key_data(jax.random.fold_in(jax.random.key(seed), sample)) for seed, sample in seeds]
-    return np.stack([np.asarray(key) for key in made])
+    numbers = np.asarray(seeds, np.uint32)
+    return np.asarray(_keys(numbers[:, 0], numbers[:, 1]))
+
+
+@jax.jit
+@jax.vmap
+def _keys(seed: jax.Array, sample: jax.Array) -> jax.Array:
+    return jax.random.key_data(jax.random.fold_in(jax.random.key(seed), sample))
 
 
 def choose(

@@ -13,15 +13,20 @@ before the step, and what the parts make of it is the same.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.sharding import Mesh
 
 from tbjax.model import Decoder
 from tbjax.sharding import Dims, Leaf, leaves, on_host, to_device
 from tbjax.training.optimizer import Layerwise, OnlyLayerwise, Parameters, place_state
+
+Result = TypeVar("Result")
 
 
 class Update(NamedTuple):
@@ -231,11 +236,25 @@ def _step(
     row: jax.Array | None,
 ) -> tuple[Parameters, list[Parameters], list[Any]]:
     """One row of a stack, or what belongs to no stack: its values, state, and the state that is common to all."""
-    strategy, ways = update.model.sharding.strategy, _Rows(update.model.sharding.size("pp"))
+    ways = _Rows(update.model.sharding.size("pp"))
     pick = lambda a: a if row is None else ways.pick(a, row)  # noqa: E731
     hosted = jax.tree.map(on_host, (values, own))
-    old_values, old_own = to_device(jax.tree.map(pick, (values, own)))
+    old = to_device(jax.tree.map(pick, (values, own)))
     old_gradients = {path: to_device(pick(gradients[path])) for path in part}
+    step = _called(partial(_updated, update, part, state), update.model)
+    new, common = step(old, old_gradients)
+    return *jax.tree.map(lambda a, host: _to_host(a) if host else a, new, hosted), common
+
+
+def _updated(
+    update: Update,
+    part: Mapping[str, Leaf],
+    state: _State,
+    old: tuple[Parameters, list[Parameters]],
+    gradients: Parameters,
+) -> tuple[tuple[Parameters, list[Parameters]], list[Any]]:
+    """New values and state of old ones, and the state that is common to all."""
+    strategy = update.model.sharding.strategy
 
     def there(tree: Parameters, cut: bool) -> Parameters:
         return {
@@ -243,16 +262,30 @@ def _step(
             for path, value in tree.items()
         }
 
-    values_there, gradients_there = (there(tree, strategy.cuts_optimizer) for tree in (old_values, old_gradients))
-    before = state.join(state._replace(own=[there(tree, strategy.cuts_optimizer) for tree in old_own]))
+    values_there, gradients_there = (there(tree, strategy.cuts_optimizer) for tree in (old[0], gradients))
+    before = state.join(state._replace(own=[there(tree, strategy.cuts_optimizer) for tree in old[1]]))
     updates, after = _updates(update, gradients_there, before, values_there)
     after = _take_apart(after, part)
-    updated: Any = optax.apply_updates(values_there, updates)
-    new_values = there(updated, strategy.cuts_parameters)
-    new_own = [there(tree, strategy.cuts_optimizer) for tree in after.own]
-    new = _unless_finite(update, (old_values, old_own), (new_values, new_own))
-    new_values, new_own = jax.tree.map(lambda a, host: _to_host(a) if host else a, new, hosted)
-    return new_values, new_own, _unless_finite(update, state.common, after.common)
+    values: Any = optax.apply_updates(values_there, updates)
+    new = there(values, strategy.cuts_parameters), [there(tree, strategy.cuts_optimizer) for tree in after.own]
+    return _unless_finite(update, old, new), _unless_finite(update, state.common, after.common)
+
+
+def _called(function: Callable[..., Result], model: Decoder) -> Callable[..., Result]:
+    """`function`, on CPUs as a call of its own that takes rows and gives rows.
+
+    On CPUs, XLA computes each result in a loop of its own, and would take the rows out of the stacks anew in each. As
+    it does not see that all of those come before the rows are written back, it would copy the whole stacks first, for
+    every row.
+    """
+    mesh = model.sharding.mesh
+    if not (isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"):
+        return function
+
+    def call(*operands: Any) -> Result:
+        return cast(Result, set_xla_metadata(jax.jit(function)(*operands), inlineable="false"))
+
+    return call
 
 
 def _lay_row(value: jax.Array, leaf: Leaf, model: Decoder, cut: bool) -> jax.Array:
@@ -268,11 +301,11 @@ def _lay_row(value: jax.Array, leaf: Leaf, model: Decoder, cut: bool) -> jax.Arr
 def _take_apart(state: Any, paths: Iterable[str]) -> _State:
     known = {*paths}
 
-    def by_path(node: Any) -> bool:
+    def is_by_path(node: Any) -> bool:
         return isinstance(node, dict) and bool(node) and {*node} <= known
 
-    nodes, tree = jax.tree.flatten(state, is_leaf=by_path)
-    places = [by_path(node) for node in nodes]
+    nodes, tree = jax.tree.flatten(state, is_leaf=is_by_path)
+    places = [is_by_path(node) for node in nodes]
 
     def join(state: _State) -> Any:
         own, common = iter(state.own), iter(state.common)

@@ -23,9 +23,9 @@ from tbjax.pipeline.schedule import OneFOneB, Schedule
 from tbjax.pipeline.stages import is_end
 from tbjax.pipeline.training import StageRemat
 from tbjax.remat import Remat
-from tbjax.sharding import Sharding, on_host, to_device
+from tbjax.sharding import Sharding, by_path, on_host, to_device, with_arrays
 from tbjax.training.loss import cross_entropy
-from tbjax.training.optimizer import Parameters, as_dict, with_parameters
+from tbjax.training.optimizer import Parameters
 from tbjax.training.state import Batch
 from tbjax.training.update import added, lay
 
@@ -58,7 +58,7 @@ def gradients_of(
             f"a batch of {batch.tokens.shape[0]} sequences does not divide over "
             f"dp*fsdp*ep={model.sharding.size('dp', 'fsdp', 'ep')} devices in {microbatches} microbatches."
         )
-    every = as_dict(model)
+    every = by_path(model)
     values = every if trained is None else {path: every[path] for path in trained}
     targets = jnp.sum(batch.targets >= 0) if targets is None else targets
     if over_devices is not None:
@@ -87,13 +87,13 @@ def gradients_of(
             dtype=dtype,
             remat=_of_stages(remat),
         )
-        gradients = as_dict(found)
+        gradients = by_path(found)
         return unscaled(total, lay_gradients({path: gradients[path] for path in values}))
     if remat == "stage":
         raise ValueError("remat='stage' keeps the input of a pipeline stage: it is for meshes with pp > 1.")
 
     def loss(values: Parameters, part: Batch) -> jax.Array:
-        running = with_parameters(model, every | values)
+        running = with_arrays(model, every | values)
         return scaled(loss_of(running, part, targets, dtype=dtype, remat=remat, auxiliary=auxiliary, z_loss=z_loss))
 
     if microbatches == 1:
@@ -148,8 +148,8 @@ def loss_of_hidden(
 
 def ends_on_device(model: Decoder) -> Decoder:
     """The model with what belongs to no layer on the device; layers come when it is their turn."""
-    values = as_dict(model)
-    return with_parameters(model, {**values, **to_device({p: a for p, a in values.items() if is_end(p)})})
+    values = by_path(model)
+    return with_arrays(model, {**values, **to_device({p: a for p, a in values.items() if is_end(p)})})
 
 
 def place_batch(batch: Batch, sharding: Sharding) -> Batch:

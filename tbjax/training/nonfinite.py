@@ -20,9 +20,8 @@ from tbjax.model import Decoder
 from tbjax.pipeline.schedule import Schedule
 from tbjax.pipeline.training import StageRemat
 from tbjax.remat import Remat
-from tbjax.sharding import Leaf, leaves, to_device
+from tbjax.sharding import Leaf, by_path, leaves, to_device
 from tbjax.training.gradients import ends_on_device, gradients_of, place_batch
-from tbjax.training.optimizer import as_dict
 from tbjax.training.precision import Precision, dtypes
 from tbjax.training.state import Batch, TrainState
 
@@ -69,7 +68,7 @@ def find_nonfinite(
     model, (_, dtype) = state.model, dtypes(precision)
     # What the host reads lies whole in every process.
     everywhere = NamedSharding(model.sharding.mesh, PartitionSpec())
-    unsound = jax.jit(lambda model: _unsound(model, as_dict(model)), out_shardings=everywhere)(model)
+    unsound = jax.jit(lambda model: _unsound(model, by_path(model)), out_shardings=everywhere)(model)
     for leaf in leaves(model):
         if (rows := np.flatnonzero(unsound[leaf.path])).size:
             return Nonfinite(where="parameter", layer=_layer(model, leaf, rows[0]), path=leaf.path)

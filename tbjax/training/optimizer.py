@@ -206,13 +206,3 @@ def _orthogonalised(leaf: Leaf) -> contrib.MuonDimensionNumbers | None:
         return None
     inwards_last = "experts" not in leaf.dims  # ours lie [out, in], experts' [E, in, out]
     return contrib.MuonDimensionNumbers(*((-1, -2) if inwards_last else (-2, -1)))
-
-
-def as_dict(model: nnx.Module) -> Parameters:
-    """The parameters of a model by path."""
-    return dict(zip((leaf.path for leaf in leaves(model)), jax.tree.leaves(model), strict=True))
-
-
-def with_parameters(model: Any, values: Mapping[str, Any]) -> Any:
-    """`model` with other parameters."""
-    return jax.tree.unflatten(jax.tree.structure(model), [values[leaf.path] for leaf in leaves(model)])

@@ -16,9 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tbjax.config import ModelConfig
 from tbjax.model import Decoder
-from tbjax.sharding import Sharding, leaves, on_host
+from tbjax.sharding import Sharding, by_path, leaves, on_host
 from tbjax.training import compression as compressing
-from tbjax.training.optimizer import Parameters, as_dict, in_host, place_state
+from tbjax.training.optimizer import Parameters, in_host, place_state
 from tbjax.training.precision import (
     LossScale,
     LossScaling,
@@ -171,7 +171,7 @@ def abstract_batch(
 
 def trainable(model: Decoder, frozen: Rule | None) -> Parameters:
     """The parameters that a step trains, by path."""
-    values = as_dict(model)
+    values = by_path(model)
     left_out = chosen(frozen, (leaf.path for leaf in leaves(model)), "frozen")
     if len(left_out) == len(values):
         raise ValueError(f"frozen={frozen!r} leaves nothing to train: it is about all {len(values)} parameters.")

@@ -16,10 +16,10 @@ import optax
 from tbjax.pipeline.schedule import Schedule
 from tbjax.pipeline.training import StageRemat
 from tbjax.remat import Remat
+from tbjax.sharding import by_path, with_arrays
 from tbjax.training import compression as compressing
 from tbjax.training.gradients import gradients_of, loss_of, place_batch
 from tbjax.training.nonfinite import Nonfinite, find_nonfinite
-from tbjax.training.optimizer import as_dict, with_parameters
 from tbjax.training.per_device import gradients_per_device
 from tbjax.training.precision import (
     DTYPES,
@@ -150,7 +150,7 @@ def make_step(
         if scale is not None and scaling is not None:
             scale = next_scale(scale, finite, scaling)
         following = TrainState(
-            with_parameters(model, as_dict(model) | values),
+            with_arrays(model, by_path(model) | values),
             optimizer_state,
             state.step + (1 if stopped is None else jnp.where(stopped, 0, 1)),
             scale,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tbjax.sharding import leaves
+from tbjax.sharding import by_path, leaves, with_arrays
 from tbjax.training import (
     Batch,
     LossScaling,
@@ -16,7 +16,6 @@ from tbjax.training import (
     make_step,
     resumed,
 )
-from tbjax.training.optimizer import as_dict, with_parameters
 from tbjax.training.precision import first_scale, next_scale, reduction
 from tests.training.cases import batch, born, config, distance, on, same
 from tests.training.compiling import compiled, installed
@@ -91,7 +90,7 @@ def test_a_step_that_is_not_finite_does_as_it_is_told(on_nonfinite):
     assert not bool(metrics.finite)
     assert bool(metrics.skipped) == (on_nonfinite != "keep")
     if on_nonfinite == "keep":
-        assert not np.isfinite(np.asarray(as_dict(state.model)["final_norm.weight"])).all()
+        assert not np.isfinite(np.asarray(by_path(state.model)["final_norm.weight"])).all()
         return
     assert same((state.model, state.optimizer), before)
     assert int(state.step) == (1 if on_nonfinite == "skip" else 0)
@@ -215,10 +214,10 @@ def poisoned(model, path, row):
 
 
 def with_values(model, path, change):
-    values = as_dict(model)
+    values = by_path(model)
     [leaf] = [leaf for leaf in leaves(model) if leaf.path == path]
     changed = jax.jit(change, out_shardings=model.sharding.parameter(leaf.dims, leaf.variable.shape))(values[path])
-    return with_parameters(model, {**values, path: changed})
+    return with_arrays(model, {**values, path: changed})
 
 
 def clean(whole):

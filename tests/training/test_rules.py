@@ -5,8 +5,8 @@ import numpy as np
 import optax
 import pytest
 
+from tbjax.sharding import by_path
 from tbjax.training import abstract_batch, abstract_state, init_state, make_optimizer, make_step
-from tbjax.training.optimizer import as_dict
 from tbjax.training.rules import chosen
 from tests.training.cases import ROWS, SEQUENCE, batch, born, config, on
 
@@ -31,7 +31,7 @@ def test_what_is_frozen_stays_and_has_no_state(mesh):
     frozen, sharding = "embedding|norm|query", on(mesh)
     model = born("llama", sharding)
     rule = make_optimizer("adamw", model, learning_rate=1e-2)
-    before = jax.device_get(as_dict(model))
+    before = jax.device_get(by_path(model))
     state = init_state(model, rule, frozen=frozen)
     left_out = chosen(frozen, before, "frozen")
     moments = state.optimizer[1][0].mu
@@ -40,7 +40,7 @@ def test_what_is_frozen_stays_and_has_no_state(mesh):
     assert jax.tree.structure(abstract.optimizer) == jax.tree.structure(state.optimizer)
     microbatches = 2 if sharding.size("pp") > 1 else 1
     state, _ = make_step(rule, precision="float32", frozen=frozen, microbatches=microbatches)(state, batch("llama"))
-    for path, value in as_dict(state.model).items():
+    for path, value in by_path(state.model).items():
         assert np.array_equal(value, before[path]) == (path in left_out), path
 
 
@@ -63,7 +63,7 @@ def test_no_gradient_is_computed_for_what_is_frozen():
 def test_weights_decay_by_rule(name):
     """With gradients of zero, what moves is what decays."""
     model = born("llama", on((1, 1, 1)))
-    values = as_dict(model)
+    values = by_path(model)
     matrices = {path for path, value in values.items() if "norm" not in path}
     for rule, expected in (
         (None, matrices),

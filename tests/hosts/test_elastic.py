@@ -1,0 +1,32 @@
+"""A run whose hosts come and go, with real agents, workers, collectives and kills: `benchmarks.elastic` has the story."""
+
+import pytest
+
+from benchmarks import elastic
+
+STEPS = 40
+
+
+@pytest.mark.slow
+def test_a_host_dies_in_a_step_and_comes_back_and_the_losses_do_not_know(tmp_path):
+    outcome = elastic.kill_and_return(tmp_path, STEPS)
+    assert outcome.processes == [4, 2, 4]
+    assert list(outcome.undisturbed) == sorted(outcome.losses) == list(range(1, STEPS + 1))
+    # Every step learned from the same sequences: two batches differ by more than the order of a sum does.
+    losses = list(outcome.undisturbed.values())
+    assert min(abs(after - before) for before, after in zip(losses, losses[1:], strict=False)) > 1e-4
+    assert outcome.largest_difference <= 1e-4
+    assert outcome.data[0] == outcome.data[1]
+    killed, joined = outcome.changes
+    assert killed.repeated <= elastic.SAVE_EVERY
+    assert joined.repeated == 0  # whoever joins lets the others save first
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not elastic.can_make_networks(), reason="needs root and network namespaces")
+def test_a_cut_link_ends_in_an_error_and_a_restart(tmp_path):
+    change, said = elastic.cut_the_link(tmp_path, STEPS)
+    assert change.repeated <= elastic.SAVE_EVERY
+    assert "tbjax: process 0 of 2" in said
+    assert "one process" not in said.partition("tbjax: process 0 of 2")[0]
+    assert "heartbeat" in said or "did nothing for" in said or "error:" in said

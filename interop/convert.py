@@ -7,7 +7,8 @@
 
 The source is a Hugging Face checkpoint (safetensors, PyTorch `.bin` or GGUF; a hub id, a folder or a file) or an Orbax
 checkpoint of ours. Weights go straight from the source's bytes into sharded arrays and from there to the destination,
-so that host memory stays bounded whatever the size. Exit codes: 0 done, 1 could not be done, 2 not understood.
+so that host memory stays bounded whatever the size; from a checkpoint of ours to safetensors they go tensor by tensor,
+and no device is needed. Exit codes: 0 done, 1 could not be done, 2 not understood.
 """
 
 import sys
@@ -105,16 +106,21 @@ def _convert(
     import jax
 
     import tbjax
-    from tbjax import placement
+    from interop.export import export_checkpoint
+    from tbjax import checkpoint, placement
 
     began = time.perf_counter()
-    options = {"dtype": dtype, "revision": revision, "progress": not quiet}
-    model = asking_about_pickles(
-        lambda trusted: tbjax.load(source, mesh, trust_pickle=trusted, **options), trust_pickle
-    )
-    tbjax.save(model, destination, to.value, overwrite=overwrite)
+    if to is Format.HF and checkpoint.is_checkpoint(source):
+        written = export_checkpoint(source, destination, dtype=dtype, overwrite=overwrite)
+    else:
+        options = {"dtype": dtype, "revision": revision, "progress": not quiet}
+        model = asking_about_pickles(
+            lambda trusted: tbjax.load(source, mesh, trust_pickle=trusted, **options), trust_pickle
+        )
+        tbjax.save(model, destination, to.value, overwrite=overwrite)
+        written = sum(array.nbytes for array in jax.tree.leaves(model))
     if not quiet and jax.process_index() == 0:
-        size = placement.readable(sum(array.nbytes for array in jax.tree.leaves(model)))
+        size = placement.readable(written)
         Console(highlight=False, soft_wrap=True).print(
             f"{source} -> {destination} ({to}): {size} in {time.perf_counter() - began:.1f} s"
         )

@@ -16,20 +16,25 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from interop import companions
 from interop.bindings import Binding, Bounds, bindings, rectangles, source_shapes
 from interop.copying import copy
 from interop.families import Family
+from interop.families import family as family_of
 from interop.writer import CheckpointWriter, Layout, code
+from tbjax import checkpoint, stored
 from tbjax.config import ModelConfig
 from tbjax.dtypes import float_dtype
 from tbjax.folders import agree
-from tbjax.sharding import leaves
+from tbjax.mesh import AXES
+from tbjax.model import Decoder
+from tbjax.sharding import Sharding, by_path
 
 # As transformers shards by default: files that are still easy to move.
 MAX_SHARD_BYTES = 5_000_000_000
@@ -53,9 +58,64 @@ def export(
     `dtype` defaults to that of each parameter. `tokenizer` is anything with `save_pretrained`. A folder that stands
     there is refused unless it is empty or, with `overwrite`, a checkpoint.
     """
+    texts = (config_json, generation_config, tokenizer)
+    _export(by_path(model), model, config, family, Path(folder), texts, dtype, max_shard_bytes, overwrite)
+
+
+def export_checkpoint(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    dtype: Any = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> int:
+    """Write our own checkpoint at `source`, of a run say, as a Hugging Face one; returns the bytes of its weights.
+
+    No device holds any of it, and the host one tensor at a time: it takes no mesh as large as the one that trained.
+    """
+    path = checkpoint.local(source)
+    about = checkpoint.read_about(path)
+    beside = companions.unpack(about.companions, str(path))
+    if beside is None:
+        raise ValueError(f"{path} was made from a bare ModelConfig, so there is no Hugging Face config to write.")
+    checkpoint.verify_together(path, (f"{checkpoint.PARAMETERS}/",), "full")
+    slices = stored.Slices(path / checkpoint.PARAMETERS)
+    parameters = {name: _Stored(slices, name, struct) for name, struct in about.parameters.items()}
+    one = Sharding(AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES)))
+    model = one.place(jax.eval_shape(lambda: Decoder(about.config, one, dtype=about.dtype)))
+    checkpoint.check_same(about.parameters, by_path(model), path)
+    translation = family_of(about.config.family)
+    _export(parameters, model, about.config, translation, Path(folder), beside, dtype, max_shard_bytes, overwrite)
+    return sum(math.prod(struct.shape) * struct.dtype.itemsize for struct in about.parameters.values())
+
+
+class _Stored(NamedTuple):
+    """A parameter on the disk."""
+
+    slices: stored.Slices
+    path: str
+    struct: jax.ShapeDtypeStruct
+
+    @property
+    def dtype(self) -> Any:
+        return self.struct.dtype
+
+
+def _export(
+    parameters: Mapping[str, Any],
+    model: Any,
+    config: ModelConfig,
+    family: Family,
+    folder: Path,
+    beside: tuple[Mapping[str, Any], Mapping[str, Any] | None, Any],
+    dtype: Any,
+    max_shard_bytes: int,
+    overwrite: bool,
+) -> None:
+    config_json, generation_config, tokenizer = beside
     wanted = None if dtype is None else float_dtype(dtype)
     bound = bindings(model, config, family)
-    parameters = dict(zip((leaf.path for leaf in leaves(model)), jax.tree.leaves(model), strict=True))
     dtypes = {b.source: wanted or _stored_dtype(b, parameters[b.path].dtype) for b in reversed(bound)}
     layout = {name: (dtypes[name], shape) for name, shape in source_shapes(bound).items()}
     parts: dict[str, list[Binding]] = collections.defaultdict(list)
@@ -66,7 +126,7 @@ def export(
     if generation_config is not None:
         texts["generation_config.json"] = dict(generation_config)
     shards = plan_shards(layout, max_shard_bytes)
-    with CheckpointWriter(Path(folder), overwrite, active=jax.process_index() == 0) as writer:
+    with CheckpointWriter(folder, overwrite, active=jax.process_index() == 0) as writer:
         writer.begin()
         agree(writer.error)
         for file, names in shards.items():
@@ -107,7 +167,7 @@ def with_dtype(config_json: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any
 
 
 def gather(
-    parts: Sequence[Binding], parameters: Mapping[str, jax.Array], dtype: np.dtype, shape: tuple[int, ...]
+    parts: Sequence[Binding], parameters: Mapping[str, Any], dtype: np.dtype, shape: tuple[int, ...]
 ) -> np.ndarray | None:
     """A source tensor from all that is bound to it; None in every process but the first. Every process calls this.
 
@@ -141,8 +201,14 @@ def _stored_dtype(binding: Binding, dtype: Any) -> np.dtype:
     return dtype
 
 
-def _pieces(array: jax.Array, index: tuple[int, ...]) -> Iterator[tuple[Bounds, jax.Array]]:
+def _pieces(array: Any, index: tuple[int, ...]) -> Iterator[tuple[Bounds, Any]]:
     """Arrays that together hold `array` at `index`, on this process's first device, with their bounds in the array."""
+    if isinstance(array, _Stored):
+        if jax.process_index() == 0:
+            shape = array.struct.shape[len(index) :]
+            values = array.slices.read(array.path, index).reshape((*(1,) * len(index), *shape))
+            yield (*((i, i + 1) for i in index), *((0, size) for size in shape)), values
+        return
     if array.is_fully_addressable and all(device.platform == "cpu" for device in array.sharding.device_set):
         # The shards are in host memory already: numpy sees them without a copy.
         for shard in array.addressable_shards:
@@ -150,7 +216,7 @@ def _pieces(array: jax.Array, index: tuple[int, ...]) -> Iterator[tuple[Bounds, 
                 bounds = tuple(part.indices(size)[:2] for part, size in zip(shard.index, array.shape, strict=True))
                 yield bounds, shard.data
         return
-    mesh = array.sharding.mesh  # pyright: ignore[reportAttributeAccessIssue] - all our shardings are NamedSharding
+    mesh = array.sharding.mesh
     whole = _selector(mesh)(array, tuple(np.int32(i) for i in index))
     jax.block_until_ready(whole)  # so that a process that only takes part does not run ahead, holding tensors
     yield (*((i, i + 1) for i in index), *((0, size) for size in whole.shape[len(index) :])), whole.addressable_data(0)

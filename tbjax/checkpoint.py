@@ -91,7 +91,7 @@ def restore(abstract_model: Module, path: str | Path, *, verify: Verify = "full"
     of: Any = abstract_model
     laid = by_path(abstract_model)
     wanted = rows.in_order(laid, of)
-    _check(known, wanted, path)
+    check_same(known, wanted, path)
     arrays = stored.read(path / PARAMETERS, wanted)
     check_range(known, arrays, path)
     return with_arrays(abstract_model, rows.on_stages(arrays, laid, of))
@@ -168,7 +168,7 @@ def _damage(file: Path) -> Iterator[None]:
         ) from error
 
 
-def _check(known: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+def check_same(known: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
     """Raise if the tree that is wanted is not the one that was saved: nothing is dropped, nothing is made up."""
     missing, unexpected = sorted(wanted.keys() - known.keys()), sorted(known.keys() - wanted.keys())
     if missing or unexpected:

@@ -56,7 +56,8 @@ class Writing:
         self.folder = folder
         self.error: Exception | None = None  # what went wrong in this process
         self._partial = partial_of(folder)
-        self._arrays, self._texts = tuple(arrays), texts
+        self._arrays = tuple(arrays)
+        self._texts = {item: json.dumps(value) for item, value in texts.items()}
         self._afterwards, self._on_error = afterwards, on_error
         self._number = next(_numbers)
         in_first_process(lambda: self._make_room(check))
@@ -73,6 +74,10 @@ class Writing:
     def done(self) -> bool:
         """Whether this process has nothing left to do for it."""
         return not self._thread.is_alive()
+
+    def join(self) -> None:
+        """Until this process has nothing left to do for it; what went wrong is in `error`."""
+        self._thread.join()
 
     def wait(self) -> None:
         """Until the checkpoint is in its place. Raises in every process what went wrong in the first."""
@@ -129,9 +134,9 @@ class Writing:
             report.unlink()
         for item in self._arrays:
             stored.finish(self._partial / item)
-        for item, value in self._texts.items():
+        for item, text in self._texts.items():
             (self._partial / item).mkdir()
-            (self._partial / item / "metadata").write_text(json.dumps(value), encoding="utf-8")
+            (self._partial / item / "metadata").write_text(text, encoding="utf-8")
         manifest.seal(self._partial, parts | manifest.take(self._partial, 0))
         put(self._partial, self.folder)
         manifest.sync_folder(self.folder.parent)

@@ -16,7 +16,6 @@ Arrays are restored onto the mesh of the run that asks for them, whatever mesh, 
 them; the same bits follow only on the same mesh, as another one sums in another order.
 """
 
-import contextlib
 import json
 import logging
 import shutil
@@ -127,6 +126,11 @@ class Saver:
             raise _failed(path, error) from error
 
     @property
+    def writing(self) -> bool:
+        """Whether this process is still at work on a checkpoint."""
+        return self._writing is not None and not self._writing.done
+
+    @property
     def failing(self) -> bool:
         """Whether this process knows that what is being written will not be a checkpoint."""
         return self._writing is not None and self._writing.done and self._writing.error is not None
@@ -143,9 +147,9 @@ class Saver:
         self.latest = int(writing.folder.name)
 
     def close(self) -> None:
-        """Let what was begun come to its end, whatever that is."""
-        with contextlib.suppress(SaveFailed):
-            self.wait()
+        """Let what was begun come to its end, whatever that is; no other process is asked."""
+        if self._writing is not None:
+            self._writing.join()
 
     def progress(self) -> Progress:
         """Where the run stood at the newest step."""

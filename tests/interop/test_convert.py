@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import huggingface_hub
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -19,7 +20,9 @@ import typer
 from typer.testing import CliRunner
 
 import tbjax
+from interop import export
 from interop.convert import app, asking_about_pickles
+from interop.export import gather
 from interop.readers.base import UntrustedPickle
 from tbjax import checkpoint, cli
 from tests import tiny
@@ -79,6 +82,25 @@ def test_to_orbax_and_back_loses_nothing(hf, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
     assert tokenizer("capital France")["input_ids"] == [1, 2]
     assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
+
+
+def test_a_checkpoint_is_exported_without_devices_to_hold_it(hf, tmp_path, monkeypatch):
+    """Whatever mesh and pipeline it lay on: no parameter becomes an array of JAX's on the way."""
+    model = tbjax.load(hf, mesh={"pp": 2, "tp": 2, "dp": 2})
+    tbjax.save(model, tmp_path / "run", format="orbax")
+    del model
+    before = len(jax.live_arrays())
+    most = []
+    monkeypatch.setattr(jax, "device_put", lambda *_, **__: pytest.fail("an array was put on a device"))
+    monkeypatch.setattr(export, "gather", lambda *found: most.append(len(jax.live_arrays())) or gather(*found))
+    export.export_checkpoint(tmp_path / "run", tmp_path / "back")
+    assert max(most) <= before
+    assert same_tensors(hf, tmp_path / "back")
+    data = max((tmp_path / "run").rglob("*/d/*"), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="bytes of the"):
+        export.export_checkpoint(tmp_path / "run", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_a_model_of_experts_goes_over_orbax_too(tmp_path):

@@ -235,14 +235,15 @@ def can_make_networks() -> bool:
 
 
 def _prepare(folder: Path) -> Path:
-    """A model of random weights, and tokens of which no two batches are alike."""
+    """A model of random weights, and tokens of which no two batches are alike: a few of them make up most of a text."""
     import numpy as np
 
     from benchmarks.checkpoints import synthetic
 
     synthetic(folder / "model", dict(MODEL))
     data = folder / "tokens.npy"
-    np.save(data, np.random.default_rng(0).integers(0, MODEL["vocab_size"], 1 << 16, dtype=np.int32))
+    drawn = np.random.default_rng(0).zipf(1.3, 1 << 16) % MODEL["vocab_size"]
+    np.save(data, drawn.astype(np.int32))
     return data
 
 
@@ -250,6 +251,7 @@ def _training(folder: Path, data: Path, steps: int, name: str) -> list[str]:
     return [
         *("train", str(folder / "model"), "--data", str(data), "--steps", str(steps), "--seed", "1"),
         *("--batch-size", str(BATCH), "--device-batch", "2", "--seq-len", str(LENGTH), "--precision", "float32"),
+        *("--learning-rate", "0.01"),
         *("--checkpoint-dir", str(folder / f"{name}-run"), "--save-every", str(SAVE_EVERY)),
         *("--log-file", str(folder / f"{name}.jsonl"), "--log-every", "1"),
         *("--step-timeout", "60", "--heartbeat-timeout", str(SILENCE_SECONDS), "--meeting-timeout", "120"),

@@ -1,4 +1,6 @@
-"""A run whose hosts come and go, with real agents, workers, collectives and kills: `benchmarks.elastic` has the story."""
+"""A run whose hosts come and go, with real agents, workers and kills (told in `benchmarks.elastic`)."""
+
+import itertools
 
 import pytest
 
@@ -14,7 +16,7 @@ def test_a_host_dies_in_a_step_and_comes_back_and_the_losses_do_not_know(tmp_pat
     assert list(outcome.undisturbed) == sorted(outcome.losses) == list(range(1, STEPS + 1))
     # Every step learned from the same sequences: two batches differ by more than the order of a sum does.
     losses = list(outcome.undisturbed.values())
-    assert min(abs(after - before) for before, after in zip(losses, losses[1:], strict=False)) > 1e-4
+    assert min(abs(after - before) for before, after in itertools.pairwise(losses)) > 1e-4
     assert outcome.largest_difference <= 1e-4
     assert outcome.data[0] == outcome.data[1]
     killed, joined = outcome.changes

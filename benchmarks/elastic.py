@@ -50,6 +50,10 @@ COMPILE_QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensi
 SILENCE_SECONDS = 10
 
 
+# What JAX says as it ends a process whose job is no longer whole.
+_LOST = "the JAX distributed service detected fatal errors"
+
+
 class Agent:
     """One host: a torchrun agent and its workers."""
 
@@ -143,8 +147,11 @@ def kill_and_return(folder: Path, steps: int = 60) -> Outcome:
     )
 
 
-def cut_the_link(folder: Path, steps: int = 60) -> tuple[Change, str]:
-    """Two hosts with a network between them, which is cut: what it cost, and what the survivor said of it."""
+def cut_the_link(folder: Path, steps: int = 60) -> tuple[Change, tuple[str, str]]:
+    """Two hosts with a network between them, which is cut: what it cost, and what either said of it.
+
+    The one that keeps the rendezvous goes on alone. The worker of the other ends too; its agent has nobody to ask.
+    """
     data = _prepare(folder)
     arguments, log = _training(folder, data, steps, "cut"), folder / "cut.jsonl"
     with _two_hosts(folder) as hosts:
@@ -162,8 +169,8 @@ def cut_the_link(folder: Path, steps: int = 60) -> tuple[Change, str]:
             _wait(lambda: len(_records(log)) > lines and _steps(log) > reached, [near])
             change = _change("the link was cut", began, [r["step"] for r in _records(log)[lines:]], reached)
             _wait(lambda: near.process.poll() == 0, [near])
-            _wait(lambda: far.process.poll() is not None, [])
-            return change, near.text
+            _wait(lambda: _LOST in far.text, [])
+            return change, (near.text, far.text)
 
 
 def torchrun(

@@ -22,7 +22,7 @@ from tbjax.training.config import TrainConfig
 from tbjax.training.loop import train
 from tbjax.training.saving import SaveFailed, Saver, read_progress, saved_steps
 from tests import processes
-from tests.training.test_loop import BASE, Batches, same_bits
+from tests.training.test_loop import BASE, Batches, arrays, same_bits
 from tests.training.test_loop import CONFIG as SHAPE
 
 SHORT = BASE | {"steps": 6, "log_every": 1}
@@ -390,7 +390,8 @@ def test_a_full_disk_is_said_keeps_what_is_there_and_costs_the_run_nothing(tmp_p
 # Several processes.
 
 
-def test_processes_share_the_writing_the_checking_and_the_failing(tmp_path):
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_share_the_writing_the_checking_and_the_failing(tmp_path, count):
     script = """
 import logging, os, pathlib
 import numpy as np
@@ -407,7 +408,7 @@ with Saver(run, keep=3) as saver:
     saver.wait()
     assert saver.latest == 2, saver.latest
 owners = {manifest.owner(name) for name in manifest.read(run / "2")}
-assert owners == {0, 1}, owners
+assert owners == set(range(jax.process_count())), owners
 
 # One process that cannot write its part: no checkpoint, in neither.
 begun = stored.start
@@ -437,9 +438,14 @@ with Saver(run, keep=3) as saver:
 total = jax.jit(lambda tree: sum(abs(leaf).sum() for leaf in jax.tree.leaves(tree)))
 assert total(restored.model) == total(state.model)
 """
-    processes.run("import jax.experimental.multihost_utils\n" + script, tmp_path / "run", count=2)
+    processes.run(
+        "import jax.experimental.multihost_utils\n" + script, tmp_path / "run", count=count, devices=8 // count
+    )
     # And on one process, on another mesh.
     here = state_of(model((2, 2, 2)), fill=False)
     with Saver(tmp_path / "run") as saver:
         assert saver.latest == 1
-        assert same_bits(saver.restore(abstract(here)).model, here.model)
+        found = saver.restore(abstract(here))
+    # Born by another program, whose last bits may differ.
+    for array, meant in zip(arrays(found.model), arrays(here.model), strict=True):
+        np.testing.assert_allclose(array, meant, rtol=1e-5, atol=1e-7)

@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tbjax.config import LayerKind, ModelConfig
 from tbjax.layers import attend as attend_module
 from tbjax.layers import splash
 from tbjax.layers.attend import KERNELS, Keys, Scoring, attend, block_queries
 from tbjax.mesh import make_mesh
+from tbjax.planner.compilers import installed
+from tbjax.planner.verify import verify
+from tbjax.planner.workload import Layout, Workload
 from tbjax.sharding import Sharding
 
 B, S, K, G, N = 2, 300, 2, 3, 16
@@ -157,3 +161,35 @@ def test_a_kernel_serves_where_it_knows_all_that_is_asked(kernel, sequence, dtyp
     said = KERNELS[kernel].refuses(query, asked, SCORINGS[change.get("scoring", "causal")], ONE)
     assert bool(said) == bool(reason)
     assert reason in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not installed("tpu"), reason="libtpu is not installed: tbjax[verify]")
+@pytest.mark.parametrize(
+    ("cluster", "kind", "layout", "sequence", "runs"),
+    [
+        ("v5p:2x2x1", {}, Layout(fsdp=2, tp=2), 512, 8),
+        ("v5e:2x2", {"window": 200}, Layout(fsdp=2, tp=2, remat="none"), 384, 6),
+        ("v5p:2x2x1", {}, Layout(pp=2, tp=2, microbatches=4), 512, None),
+        ("v5p:2x2x1", {}, Layout(fsdp=2, tp=2), 320, 0),  # not a multiple of 128
+        ("v5p:2x2x1", {}, Layout(fsdp=2, cp=2), 512, 0),
+    ],
+    ids=["fsdp x tp", "window, remat none", "pp x tp", "other lengths", "cp"],
+)
+def test_the_compiler_for_tpu_gets_the_kernel_where_it_serves(cluster, kind, layout, sequence, runs):
+    """Of two layers, each runs it forwards, again under remat, and for the gradients of keys and of queries."""
+    config = ModelConfig(
+        family="llama",
+        vocab_size=1024,
+        embed=256,
+        mlp=512,
+        heads=8,
+        kv_heads=4,
+        head_dim=64,
+        layer_kinds=(LayerKind(**kind),) * 2,
+        max_positions=4096,
+        attention_softcap=30.0 if kind else None,
+    )
+    found = verify(config, Workload(global_batch=8, seq_len=sequence), layout, cluster).compiled
+    assert found.untold == runs if runs is not None else found.untold > 0
+    assert found.unknown_loops == 0

@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 
 from tbjax.config import LayerKind, ModelConfig
-from tbjax.planner import traffic
+from tbjax.planner import hlo, traffic
 from tbjax.planner.compilers import installed
 from tbjax.planner.verify import verify
 from tbjax.planner.workload import Layout, Workload
@@ -79,12 +79,10 @@ def test_parameters_that_are_updated_in_parts_are_brought_together():
 def compared(spec: str, layout: Layout, workload: Workload = WORKLOAD) -> dict[tuple[str, ...], tuple[int, int]]:
     """Bytes that a device sends along each axis, predicted and compiled, where they are more than a hundredth."""
     verification = verify(CONFIG, workload, layout, spec)
-    totals: dict[tuple[str, ...], list[int]] = defaultdict(lambda: [0, 0])
-    for column, found in enumerate((verification.predicted, verification.collectives)):
-        for each in found:
-            totals[each.axes][column] += each.sent
-    whole = sum(compiled for _, compiled in totals.values())
-    return {axes: (a, b) for axes, (a, b) in totals.items() if 100 * max(a, b) > whole}
+    said, found = hlo.sent(verification.predicted), verification.sent
+    return {
+        axes: (said[axes], found[axes]) for axes in said | found if 100 * max(said[axes], found[axes]) > found.total()
+    }
 
 
 def close(found: dict[tuple[str, ...], tuple[int, int]], within: float) -> None:

@@ -9,7 +9,9 @@ therefore leaves at once: its end is noticed, by the launcher first, and the who
 """
 
 import dataclasses
+import datetime
 import glob
+import logging
 import os
 import socket
 import sys
@@ -22,7 +24,9 @@ import jax
 from rich.console import Console
 
 from tbjax.hosts import meeting
-from tbjax.hosts.launchers import Job, explicit, on_tpu_vm, this_job
+from tbjax.hosts.launchers import BY_METADATA, SINGLE, Job, explicit, on_tpu_vm, this_job
+
+log = logging.getLogger("tbjax")
 
 # How long to wait for all processes: hosts of one job may start minutes apart, where images have to be fetched first.
 MEETING_SECONDS = 300.0
@@ -35,7 +39,7 @@ _KEY = "tbjax/coordinator"
 
 # What would do where JAX did not find out who this process is.
 _REMEDIES = {
-    "gcetpu": "This is a TPU's host; if it is the only one, set TPU_SKIP_MDS_QUERY=1.",
+    "gcetpu": "The hosts of a TPU slice must all run this program.",
     "k8s": "Let the manifest set JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES (examples/multi_node/jobset.yaml).",
     "mpi4py": (
         "Open MPI does not say where process 0 runs: start with `mpirun -x JAX_COORDINATOR_ADDRESS=HOST:PORT`, or "
@@ -115,50 +119,67 @@ def leave(code: int) -> None:
 
 def _met(job: Job, timeout: float, heartbeat_timeout: int) -> Hosts:
     names: tuple[str, ...] = ()
-    coordinator = job.coordinator
     if not job.alone:
         if jax.distributed.is_initialized():
             raise RuntimeError(
                 "jax.distributed is initialised already, not by tbjax.initialize(): leave one of the two out."
             )
-        # Its handler would swallow the SIGTERM that ends a process while it loads or compiles; a training run has its
-        # own way of agreeing on where to stop.
-        jax.config.update("jax_enable_preemption_service", False)
-        common: dict[str, Any] = {"heartbeat_timeout_seconds": heartbeat_timeout}
-        if job.detection is not None:
-            coordinator = "found by JAX"
-            try:
-                jax.distributed.initialize(
-                    cluster_detection_method=job.detection, initialization_timeout=int(timeout), **common
-                )
-            except (ValueError, RuntimeError, OSError, ImportError) as error:
-                raise meeting.NotMet(f"{error} {_REMEDIES[job.detection]}") from error
+        if hasattr(jax.config, "jax_enable_preemption_service"):
+            # Its handler would swallow the SIGTERM that ends a process while it loads or compiles; a training run has
+            # its own way of agreeing on where to stop.
+            jax.config.update("jax_enable_preemption_service", False)
+        if job.detection is None:
+            job, names = _joined(job, timeout, heartbeat_timeout)
         else:
-            began = time.monotonic()
-            coordinator, members = _meet(job, timeout)
-            names = tuple(dict.fromkeys(member.host for member in members))
-            left = timeout - (time.monotonic() - began)
-            jax.distributed.initialize(
-                coordinator,
-                job.processes,
-                job.process,
-                local_device_ids=own_devices(job, on_tpu_vm()),
-                initialization_timeout=int(max(_LEAST_SECONDS, left)),
-                cluster_detection_method="deactivate",
-                **common,
-            )
-        sys.excepthook = _leaving(sys.excepthook)
+            job = _found_by_jax(job, timeout, heartbeat_timeout)
+        # An interactive interpreter calls the hook too, and goes on.
+        if not hasattr(sys, "ps1"):
+            sys.excepthook = _leaving(sys.excepthook)
     local = jax.local_devices()
     return Hosts(
         launcher=job.launcher,
         process=jax.process_index(),
         processes=jax.process_count(),
-        coordinator=None if job.alone else coordinator,
+        coordinator=job.coordinator,
         names=names,
         local_devices=len(local),
         devices=jax.device_count(),
         device_kind=local[0].device_kind,
     )
+
+
+def _joined(job: Job, timeout: float, heartbeat_timeout: int) -> tuple[Job, tuple[str, ...]]:
+    """The job, with its coordinator's address, and the names of its hosts."""
+    began = time.monotonic()
+    coordinator, members = _meet(job, timeout)
+    left = timeout - (time.monotonic() - began)
+    jax.distributed.initialize(
+        coordinator,
+        job.processes,
+        job.process,
+        local_device_ids=own_devices(job, on_tpu_vm()),
+        initialization_timeout=int(max(_LEAST_SECONDS, left)),
+        heartbeat_timeout_seconds=heartbeat_timeout,
+        cluster_detection_method="deactivate",
+    )
+    return dataclasses.replace(job, coordinator=coordinator), tuple(dict.fromkeys(member.host for member in members))
+
+
+def _found_by_jax(job: Job, timeout: float, heartbeat_timeout: int) -> Job:
+    """The job, of which JAX finds out what the environment does not say."""
+    try:
+        jax.distributed.initialize(
+            cluster_detection_method=job.detection,
+            initialization_timeout=int(timeout),
+            heartbeat_timeout_seconds=heartbeat_timeout,
+        )
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        if job.detection == BY_METADATA and isinstance(error, ValueError | OSError):
+            # Without its metadata a TPU knows of no other hosts either.
+            log.warning("this TPU's host has no metadata server, so it is taken to be the only one: %s", error)
+            return SINGLE
+        raise meeting.NotMet(f"{error} {_REMEDIES[job.detection or '']}") from error
+    return dataclasses.replace(job, coordinator="found by JAX")
 
 
 def _meet(job: Job, timeout: float) -> tuple[str, list[meeting.Member]]:
@@ -167,7 +188,7 @@ def _meet(job: Job, timeout: float) -> tuple[str, list[meeting.Member]]:
     me = meeting.this_process(process, jax.__version__)
     store = _Store(job.store, timeout) if job.store else None
     if process == 0:
-        server = meeting.listen(job.coordinator)
+        server = meeting.listen(job.coordinator, timeout=timeout)
         coordinator = job.coordinator or f"{_own_address(job.store or '')}:{server.getsockname()[1]}"
         if store is not None:
             store.write(coordinator)
@@ -183,8 +204,6 @@ class _Store:
     """torchrun's key-value store, which its agent keeps and every worker reaches."""
 
     def __init__(self, address: str, timeout: float) -> None:
-        import datetime
-
         try:
             from torch.distributed import (
                 DistError,

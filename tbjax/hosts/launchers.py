@@ -27,7 +27,7 @@ _FIRST_PORT, _PORTS = 61440, 4096
 _USUAL_PORT = 8476
 
 # Ways of JAX to find out what the environment does not say, by the name that `cluster_detection_method` takes.
-_BY_KUBERNETES, _BY_MPI4PY, _BY_METADATA = "k8s", "mpi4py", "gcetpu"
+BY_KUBERNETES, BY_MPI4PY, BY_METADATA = "k8s", "mpi4py", "gcetpu"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def recognise(environment: Mapping[str, str], *, tpu_vm: bool = False) -> Job:
                 f"{' and '.join(named)} {'is' if len(named) == 1 else 'are'} set, {' and '.join(lacking)} "
                 f"{'is' if len(lacking) == 1 else 'are'} not, and no launcher is recognised: set all three, or none."
             )
-        return Job(launcher="TPU VM", detection=_BY_METADATA) if tpu_vm else SINGLE
+        return Job(launcher="TPU VM", detection=BY_METADATA) if tpu_vm else SINGLE
     return _checked(_completed(found, said))
 
 
@@ -185,7 +185,7 @@ def _open_mpi(said: Mapping[str, str]) -> Job | None:
         process=_number(said, "OMPI_COMM_WORLD_RANK"),
         processes=processes,
         coordinator=coordinator,
-        detection=None if coordinator else _BY_MPI4PY,
+        detection=None if coordinator else BY_MPI4PY,
         local_process=_optional(said, "OMPI_COMM_WORLD_LOCAL_RANK"),
         local_processes=here,
         run=run,
@@ -246,7 +246,7 @@ def _tpu_on_kubernetes(said: Mapping[str, str]) -> Job | None:
 def _kubernetes(said: Mapping[str, str]) -> Job | None:
     if "KUBERNETES_SERVICE_HOST" not in said or "JOB_COMPLETION_INDEX" not in said:
         return None
-    return Job(launcher="Kubernetes", process=_number(said, "JOB_COMPLETION_INDEX"), detection=_BY_KUBERNETES)
+    return Job(launcher="Kubernetes", process=_number(said, "JOB_COMPLETION_INDEX"), detection=BY_KUBERNETES)
 
 
 def _own(said: Mapping[str, str]) -> Job | None:

@@ -104,20 +104,25 @@ def answer(
     )
 
 
-def listen(address: str | None) -> socket.socket:
-    """A server at the port of `address` on all interfaces; at a free port where it is None."""
+def listen(address: str | None, *, timeout: float = 0.0) -> socket.socket:
+    """A server at the port of `address` on all interfaces; at a free port where it is None.
+
+    A port that is taken is waited for, at most `timeout` seconds: an earlier process of this job may still be ending.
+    """
     port = 0 if address is None else int(address.rpartition(":")[2])
-    try:
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(
-                ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=socket.SOMAXCONN
-            )
-        return socket.create_server(("", port), backlog=socket.SOMAXCONN)
-    except OSError as error:
-        raise NotMet(
-            f"process 0 cannot listen at port {port} ({error.strerror or error}): another program has it, or an "
-            "earlier process of this job still runs. End that one, or choose another port."
-        ) from error
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=socket.SOMAXCONN)
+        except OSError as error:
+            if time.monotonic() >= end:
+                raise NotMet(
+                    f"process 0 cannot listen at port {port} ({error.strerror or error}): another program has it, or "
+                    "an earlier process of this job still runs. End that one, or choose another port."
+                ) from error
+            time.sleep(_AGAIN_SECONDS)
 
 
 def _gather(
@@ -134,10 +139,11 @@ def _gather(
             for key, _ in waiting.select(left):
                 arrived: Any = key.fileobj
                 if arrived is server:
-                    connection, _ = server.accept()
-                    connection.settimeout(_ATTEMPT_SECONDS)
-                    waiting.register(connection, selectors.EVENT_READ)
-                    unheard.add(connection)
+                    with contextlib.suppress(OSError):  # it has hung up already
+                        connection, _ = server.accept()
+                        connection.settimeout(_ATTEMPT_SECONDS)
+                        waiting.register(connection, selectors.EVENT_READ)
+                        unheard.add(connection)
                     continue
                 unheard.discard(arrived)
                 known = next((index for index, (one, _) in here.items() if one is arrived), None)
@@ -145,16 +151,16 @@ def _gather(
                     del here[known]
                     _turn_away(arrived, waiting)
                     continue
-                said = _receive(arrived, _LONGEST_GREETING)
-                if said is None or said.get("greeting") != _GREETING or said.get("run") != run:
+                said = _greeting(_receive(arrived, _LONGEST_GREETING), run)
+                if said is None:
                     _turn_away(arrived, waiting)
                     continue
-                member = Member(**said["member"])
+                member, told = said
                 before = here.get(member.process)
                 here.setdefault(member.process, (arrived, member))
-                if said["processes"] != processes:
+                if told != processes:
                     return (
-                        f"process {member} was told of {said['processes']} processes, process 0 of {processes}: start "
+                        f"process {member} was told of {told} processes, process 0 of {processes}: start "
                         "all with the same number."
                     )
                 if before is not None or member.process >= processes:
@@ -165,6 +171,16 @@ def _gather(
                         _turn_away(arrived, waiting)
                     return trouble
     return None
+
+
+def _greeting(said: dict[str, Any] | None, run: str) -> tuple[Member, int] | None:
+    """Who calls, and of how many processes it was told; None where it is nobody of this run."""
+    if said is None or said.get("greeting") != _GREETING or said.get("run") != run:
+        return None
+    try:
+        return Member(**said["member"]), said["processes"]
+    except (KeyError, TypeError):
+        return None  # of another version of this file
 
 
 def _turn_away(connection: socket.socket, waiting: selectors.BaseSelector) -> None:

@@ -11,6 +11,16 @@ from tbjax.hosts.meeting import Member, NotMet, answer, call, listen
 SOON, LONG = 0.5, 30.0
 
 
+MALFORMED = [
+    json.dumps(said).encode() + b"\n"
+    for said in (
+        {"greeting": "another"},
+        {"greeting": "tbjax roll call", "run": "another"},
+        {"greeting": "tbjax roll call", "run": "a", "member": {"process": 1}},
+    )
+]
+
+
 def member(process, version="1"):
     return Member(process=process, host=f"host{process}", pid=100 + process, version=version)
 
@@ -70,7 +80,7 @@ def test_strangers_are_not_counted():
 
     def disturb(address):
         host, _, port = address.rpartition(":")
-        for words in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", json.dumps({"greeting": "another"}).encode() + b"\n", b""):
+        for words in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", *MALFORMED, b""):
             stranger = socket.create_connection((host, int(port)))
             stranger.sendall(words)
             open_connections.append(stranger)
@@ -111,6 +121,16 @@ def test_different_counts_and_versions_are_named():
 def test_a_port_that_is_taken_is_said():
     with listen(None) as taken, pytest.raises(NotMet, match="another program has it"):
         listen(f"localhost:{taken.getsockname()[1]}")
+
+
+def test_a_port_that_becomes_free_is_waited_for():
+    taken = listen(None)
+    address = f"localhost:{taken.getsockname()[1]}"
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(listen, address, timeout=LONG)
+        assert not waiting.done()
+        taken.close()
+        waiting.result().close()
 
 
 def test_the_port_is_free_again_at_once():

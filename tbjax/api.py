@@ -27,6 +27,7 @@ from tbjax.config import ModelConfig
 from tbjax.dtypes import float_dtype
 from tbjax.generate import front
 from tbjax.layers.linear import shapes_only
+from tbjax.manifest import Verify
 from tbjax.mesh import MeshSpec, make_mesh
 from tbjax.model import Decoder
 from tbjax.pipeline import inference
@@ -239,6 +240,7 @@ def load(
     scan: bool = True,
     trust_pickle: bool = False,
     budget: int = DEFAULT_BUDGET,
+    verify: Verify = "full",
     progress: bool = True,
 ) -> CausalLM:
     """A checkpoint as a sharded model.
@@ -247,7 +249,8 @@ def load(
     is `(dp, fsdp, tp)`, a dict of axes, a `jax.sharding.Mesh`, or None for all devices on fsdp; or a `Plan`, which
     says `sharding` (otherwise FULL_SHARD) and `sequence_parallel` (otherwise False) too. `dtype` defaults to
     what config.json says, or else to what most numbers of the checkpoint are stored in. Each process reads only what
-    its own devices hold, with at most `budget` bytes of host memory in flight.
+    its own devices hold, with at most `budget` bytes of host memory in flight. `verify` says how closely the files of a
+    checkpoint of ours are held against its manifest: "full", "sizes" or "none".
 
     With pp, layers lie in order and as equally many on each stage as can be, unless `schedule` (a name such as "zb-v",
     or a `tbjax.pipeline` schedule) says by which they will be trained, or `stage_layers` how many there are to be in
@@ -261,11 +264,11 @@ def load(
         "scan": scan,
     }
     if checkpoint.is_checkpoint(name_or_path):
-        about = checkpoint.read_about(name_or_path)
+        about = checkpoint.read_about(name_or_path, verify=verify)
         beside = companions.unpack(about.companions, str(name_or_path))
         origin = None if beside is None else Origin(*beside)
         model = abstract(about.config, mesh, dtype=about.dtype if dtype is None else dtype, origin=origin, **layout)
-        return checkpoint.restore(model, name_or_path)
+        return checkpoint.restore(model, name_or_path, verify=verify)
 
     from interop.source import resolve
 

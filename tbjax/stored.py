@@ -41,9 +41,10 @@ def start(folder: Path, arrays: Mapping[str, jax.Array], *, background: bool = T
     futures = _run(handler.async_save(place, args=ocp.args.PyTreeSave(tree, save_args=options))) or []
 
     def wait() -> None:
-        for future in futures:
-            future.result()
+        errors = list(filter(None, map(_error, futures)))  # of all: when this returns, nothing more is written
         handler.close()
+        if errors:
+            raise errors[0]
 
     if not background:
         wait()
@@ -104,6 +105,15 @@ class Slices:
             opening = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True)
             self._opened[path] = opening.result()
         return self._opened[path][index or ...].read().result()
+
+
+def _error(future: Any) -> Exception | None:
+    """What came of a future, if that is an error."""
+    try:
+        future.result()
+    except Exception as error:  # noqa: BLE001 - raised by the caller, when all have come to an end
+        return error
+    return None
 
 
 def _options(path: str, array: jax.Array) -> ocp.SaveArgs:

@@ -110,10 +110,13 @@ class Writing:
             self._on_error(self.error)
 
     def _write_part(self) -> None:
+        for wait in self._waits:
+            try:
+                wait()
+            except Exception as error:  # noqa: BLE001 - raised when nothing more is being written
+                self.error = self.error or error
         if self.error is not None:
             raise self.error
-        for wait in self._waits:
-            wait()
         process = jax.process_index()
         if process != 0:
             part = manifest.take(self._partial, process)
@@ -129,7 +132,10 @@ class Writing:
         for process in range(1, jax.process_count()):
             report = self._partial / PART.format(process)
             if not report.exists():
-                raise OSError(f"process {process} could not write its part of {self.folder}: its log says why.")
+                raise OSError(
+                    f"process {process} could not write its part of {self.folder}: its log says why. If it says "
+                    "nothing, the folder is not one that all processes share."
+                )
             parts |= json.loads(report.read_text(encoding="utf-8"))
             report.unlink()
         for item in self._arrays:

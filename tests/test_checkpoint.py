@@ -177,6 +177,9 @@ def test_how_closely_files_are_checked_can_be_chosen(model, saved, tmp_path):
     with pytest.raises(manifest.Damaged, match=r"copy has no manifest.*verify='none'"):
         checkpoint.restore(abstract, copy, verify="sizes")
     assert not equal(checkpoint.restore(abstract, copy, verify="none"), model)
+    assert not equal(tbjax.load(copy, (2, 2, 2), verify="none"), model)
+    with pytest.raises(manifest.Damaged, match="has no manifest"):
+        tbjax.load(copy, (2, 2, 2))
     with pytest.raises(ValueError, match="verify='thoroughly' is unknown: 'full', 'sizes', 'none'"):
         checkpoint.restore(abstract, copy, verify="thoroughly")
 

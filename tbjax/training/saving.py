@@ -19,7 +19,7 @@ them; the same bits follow only on the same mesh, as another one sums in another
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -208,27 +208,32 @@ class Saver:
         return self.latest
 
     def _newest_whole(self) -> int | None:
-        """The newest checkpoint that is as it was written, the same in every process; those that are not, aside."""
+        """The newest checkpoint that is as it was written, the same in every process; newer ones are moved aside."""
         in_first_process(self._clear)
-        while True:
-            # What processes see of a shared folder may differ: the first one's word counts.
-            step = int(multihost_utils.broadcast_one_to_all(np.int64(max(saved_steps(self.folder), default=-1))))
-            if step < 0:
-                if any(name.isdigit() for name in self.skipped):
-                    raise manifest.Damaged(
-                        f"{self.folder}: none of its checkpoints is whole ({', '.join(self.skipped.values())}): remove "
-                        "the folder to begin anew, or bring one back."
-                    )
-                return None
+        damaged: list[Path] = []
+        while (step := self._below(int(damaged[-1].name) if damaged else None)) is not None:
             path = self.folder / str(step)
             try:
                 checkpoint.verify_together(path, ("",), self._verify)
             except (manifest.Damaged, OSError) as error:
                 self.skipped[path.name] = str(error)
-                log.warning("checkpoint %s is skipped and moved to %s%s: %s", path, path.name, ASIDE, error)
-                in_first_process(lambda path=path: _move_aside(path))
+                damaged.append(path)
+                log.warning("checkpoint %s is skipped: %s", path, error)
                 continue
+            in_first_process(lambda: _move_aside(damaged))
             return step
+        if damaged:  # all of them: perhaps it is the folder that this process does not see as it is
+            raise manifest.Damaged(
+                f"{self.folder}: none of its checkpoints is whole ({', '.join(self.skipped.values())}): remove the "
+                "folder to begin anew, or bring one back."
+            )
+        return None
+
+    def _below(self, limit: int | None) -> int | None:
+        """The newest step below `limit`. What processes see of a shared folder may differ: the first's word counts."""
+        steps = [step for step in saved_steps(self.folder) if limit is None or step < limit]
+        newest = int(multihost_utils.broadcast_one_to_all(np.int64(max(steps, default=-1))))
+        return None if newest < 0 else newest
 
     def _clear(self) -> None:
         """Remove what killed processes left."""
@@ -247,8 +252,11 @@ class Saver:
         for step in steps[: -self._keep]:
             if self._keep_every is None or step % self._keep_every:
                 gone = self.folder / f".{step}.removed"
-                (self.folder / str(step)).rename(gone)
-                shutil.rmtree(gone)
+                try:
+                    (self.folder / str(step)).rename(gone)
+                    shutil.rmtree(gone)
+                except OSError as error:  # no reason to call the new one a failure
+                    log.warning("checkpoint %s could not be removed: %s", self.folder / str(step), error)
 
     def __enter__(self) -> Self:
         return self
@@ -337,11 +345,13 @@ def _spread(folder: Path, name: str, saved: Any, wanted: Any) -> jax.Array:
     return share(array)
 
 
-def _move_aside(path: Path) -> None:
-    aside = path.with_name(path.name + ASIDE)
-    if aside.exists():
-        shutil.rmtree(aside)
-    path.rename(aside)
+def _move_aside(damaged: Sequence[Path]) -> None:
+    """Give checkpoints names under which nobody looks for one: their steps will be saved again."""
+    for path in damaged:
+        aside = path.with_name(path.name + ASIDE)
+        if aside.exists():
+            shutil.rmtree(aside)
+        path.rename(aside)
 
 
 def _failed(path: Path, error: Exception) -> SaveFailed:

@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 
 from tbjax.terminal import join_hosts, parse_mesh, readable_errors
-from tbjax.training.elastic import accumulation
+from tbjax.training.elastic import accumulation, as_begun
 
 if TYPE_CHECKING:
     from tbjax.planner.plan import Plan
@@ -251,6 +251,7 @@ def train(
         from tbjax.training.step import DTYPES
 
         options: Any = {"sharding": sharding, "revision": revision, "progress": not quiet}
+        settings = as_begun(settings, checkpoint_dir)
         if mesh == "plan":
             shape = _planned(model, settings, sharding, revision)
         settings = settings.with_plan(shape if mesh == "plan" else None)
@@ -260,6 +261,8 @@ def train(
             "seq_len": settings.seq_len or min(SEQ_LEN, loaded.config.max_positions),
             "seed": settings.seed or 0,
         }
+        # As the run's checkpoints have it, for one that goes on with it on other devices.
+        settings = replace(settings, batch_size=made["batch_size"], seq_len=made["seq_len"])
         if device_batch is not None:
             ways = loaded.sharding.size("dp", "fsdp", "ep")
             settings = replace(settings, microbatches=accumulation(made["batch_size"], ways, device_batch))

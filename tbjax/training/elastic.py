@@ -6,6 +6,31 @@ turn, by accumulation. The order of the data and the schedule of the learning ra
 checkpoint does not care on which mesh it was written.
 """
 
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tbjax.training.config import TrainConfig
+
+
+def as_begun(settings: "TrainConfig", folder: Path | None) -> "TrainConfig":
+    """With the batch of the run in `folder`, where there is one and the settings leave it open.
+
+    What is usual where nobody says depends on the devices, and may be another number today.
+    """
+    if folder is None:
+        return settings
+    from tbjax.training.saving import read_progress, saved_steps
+
+    for step in reversed(saved_steps(folder)):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: those before it say the same
+            config = read_progress(folder / str(step)).config or {}
+            begun = {name: config.get(name) for name in ("batch_size", "seq_len")}
+            return replace(settings, **{name: getattr(settings, name) or value for name, value in begun.items()})
+    return settings
+
 
 def accumulation(batch: int, ways: int, at_once: int) -> int:
     """In how many parts a step takes `batch` sequences over `ways` shares, so that each has `at_once` or fewer.

@@ -1,10 +1,14 @@
 """The batch of a step is the same on any number of devices; the run itself is shown in tests/hosts/test_elastic.py."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tbjax.training.elastic import accumulation
+from tbjax.training.config import TrainConfig
+from tbjax.training.elastic import accumulation, as_begun
+from tbjax.training.saving import FORMAT
 
 
 @pytest.mark.parametrize(
@@ -24,3 +28,18 @@ def test_every_sequence_has_its_turn_and_no_device_more_than_it_may(share, ways,
 def test_a_batch_that_the_devices_cannot_share_says_what_would_do():
     with pytest.raises(ValueError, match=r"8 sequences .* 3 data-parallel devices.*dp \* fsdp \* ep = 2"):
         accumulation(8, 3, 2)
+
+
+def test_a_run_goes_on_with_the_batch_that_it_began_with(tmp_path):
+    for step, text in (
+        (5, json.dumps({"format": FORMAT, "step": 5, "data": None, "plan": None, "config": {"batch_size": 12}})),
+        (10, "half writ"),
+    ):
+        (tmp_path / str(step) / "progress").mkdir(parents=True)
+        (tmp_path / str(step) / "progress" / "metadata").write_text(text)
+    assert as_begun(TrainConfig(steps=20), tmp_path).batch_size == 12
+    assert as_begun(TrainConfig(steps=20, batch_size=24, seq_len=8), tmp_path) == TrainConfig(
+        steps=20, batch_size=24, seq_len=8
+    )
+    assert as_begun(TrainConfig(steps=20), tmp_path / "none") == TrainConfig(steps=20)
+    assert as_begun(TrainConfig(steps=20), None) == TrainConfig(steps=20)

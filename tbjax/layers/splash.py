@@ -2,10 +2,12 @@
 
 Scores stay in the chip's vector memory, a block of queries times a block of keys at a time, and a block that no query
 sees is not computed at all: of a causal square about half, of a window's all but a band. So it costs half the products
-of attention that masks what it has computed, and nothing but queries, keys, values and sums passes through HBM. libtpu
-puts attention in blocks, with its gradients, at 9.1 ms for one sequence of 4096 tokens and 16 heads of 128 on a v5p, and
-at 35.6 ms for 8192: a ninth of the chip's peak, as the scores go to and fro. Of kernels it gives no estimate. Its peak
-of memory falls from 180 to 89 MiB, and from 264 to 177 (on a v5e from 153 to 112, and from 197 to 192).
+of attention that masks what it has computed, and nothing but queries, keys, values and sums passes through HBM.
+
+What it takes the place of: attention in blocks of queries, with its gradients, for one sequence of 4096 tokens and 16
+heads of 128, libtpu puts at 9.1 ms on a v5p (35.6 ms for 8192), a ninth of the chip's peak, since scores go to HBM and
+back. Of kernels it gives no estimate. Its peak of memory falls from 180 to 89 MiB (8192: from 264 to 177), and on a v5e
+from 153 to 112 (197 to 192).
 
 `tbjax.layers.attend` says when it serves. The kernel takes one sequence, its heads in front, and does not scale.
 

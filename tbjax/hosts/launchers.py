@@ -17,6 +17,7 @@ own variables may add what a launcher leaves open; where they say otherwise, tha
 import dataclasses
 import os
 import re
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -179,7 +180,7 @@ def _open_mpi(said: Mapping[str, str]) -> Job | None:
         coordinator = f"{host}:{_FIRST_PORT + number % _PORTS}"
     elif here == processes:
         # All on one host. A checksum rather than hash(), which differs from process to process.
-        coordinator = f"localhost:{_FIRST_PORT + sum(run.encode()) * 31 % _PORTS}"
+        coordinator = f"localhost:{_FIRST_PORT + zlib.crc32(run.encode()) % _PORTS}"
     return Job(
         launcher="Open MPI",
         process=_number(said, "OMPI_COMM_WORLD_RANK"),

@@ -121,7 +121,7 @@ def crossing_axes(mesh: Mesh) -> tuple[str, ...]:
 def _domain(device: Any) -> tuple[int, int]:
     """Which of the groups of devices with fast links among them a device is in."""
     index = getattr(device, "slice_index", None) or 0
-    # A CPU's process stands for a host; so it does on GPUs, but there JAX knows hosts, and racks, by their slices.
+    # Where GPUs share a host, or a rack, JAX says by their slice; of CPUs each process stands for a host.
     return index, device.process_index if device.platform == "cpu" else 0
 
 

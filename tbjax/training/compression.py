@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tbjax.collectives import Algorithm, Peers, all_gather, all_reduce, own_part, reduce_scatter
+from tbjax.collectives import Algorithm, Peers, all_gather, all_reduce, reduce_scatter
 from tbjax.model import Decoder
 from tbjax.sharding import axes_of, leaves
 from tbjax.training.optimizer import Parameters
@@ -333,9 +333,8 @@ def _through(
         return total.reshape(gradient.shape), None if kept is None else kept.reshape(gradient.shape)
     # In two levels: a device compresses the part that is its own, and what it keeps is of that part, in its place.
     inside, across = peers.inside(compression.group), peers.across(compression.group)
-    part = reduce_scatter(value, inside)
-    if residual is not None:
-        part += own_part(residual, inside)
+    # Of what was kept every device's counts, wherever in it something stands: a run may go on with another dp.
+    part = reduce_scatter(value if residual is None else value + residual.reshape(-1), inside)
     total, kept = compression.sum(part, across, jax.random.fold_in(key, inside.place()))
     if kept is not None:
         parts = jnp.zeros((inside.size, kept.size), kept.dtype).at[inside.place()].set(kept)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import re
+import signal
 from typing import get_args
 
 import pytest
@@ -12,7 +14,8 @@ from typer.testing import CliRunner
 
 from tbjax.cli import app
 from tbjax.sharding import ShardingStrategy
-from tbjax.training import command, config, learning_rate, optimizer, step
+from tbjax.training import command, config, learning_rate, logs, optimizer, step
+from tbjax.training.saving import saved_steps
 from tests import tiny
 
 
@@ -39,7 +42,7 @@ def place(tmp_path_factory):
 OPTIONS = ["--mesh", "1,8,1", "--batch-size", "8", "--seq-len", "32", "--precision", "float32", "--log-every", "2"]
 
 
-def test_a_run_from_the_command_line(place, tmp_path):
+def test_a_run_from_the_command_line(place, tmp_path, monkeypatch):
     (tmp_path / "run.json").write_text(json.dumps({"steps": 99, "learning_rate": 0.02, "schedule": "constant"}))
     result = run(
         *("train", place / "model", "--data", place / "data.jsonl", "--hold-out", "0.25", *OPTIONS),
@@ -65,6 +68,26 @@ def test_a_run_from_the_command_line(place, tmp_path):
     )
     assert (again.exit_code, again.stderr) == (0, "")
     assert json.loads(again.stdout)["step"] == 6  # it had them already
+    # A scheduler's warning, after two steps more: saved, and said by the exit code.
+    monkeypatch.setattr(logs.JsonLines, "write", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    ended = run(
+        *(
+            "train",
+            place / "model",
+            "--data",
+            place / "data.jsonl",
+            "--hold-out",
+            "0.25",
+            *OPTIONS,
+            "--json",
+            "--quiet",
+        ),
+        *("--config", tmp_path / "run.json", "--checkpoint-dir", tmp_path / "run", "--log", tmp_path / "log.jsonl"),
+    )
+    assert ended.exit_code == 128 + signal.SIGTERM
+    said = json.loads(ended.stdout)
+    assert said["end"] == "SIGTERM"
+    assert 6 < said["step"] == saved_steps(tmp_path / "run")[-1] < 99
 
 
 def test_the_part_of_the_data_that_is_meant_is_the_datas_options(place):

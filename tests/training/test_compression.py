@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from tbjax.collectives import Peers
 from tbjax.planner import hlo
-from tbjax.training import Batch, abstract_state, data, init_state, make_optimizer, make_step
+from tbjax.training import Batch, abstract_state, compression, data, init_state, make_optimizer, make_step
 from tbjax.training.compression import BLOCK, SCALED, Int8, RandomK, TopK, parse
 from tbjax.training.saving import Saver
 from tests.training.cases import ROWS, SEQUENCE, batch, born, config, farthest, on, same
@@ -58,6 +58,25 @@ def test_what_top_k_sends_and_what_it_keeps_is_the_gradient_exactly():
     total = functools.reduce(np.add, sent)
     for device in found:
         np.testing.assert_array_equal(device, total)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_what_was_kept_counts_on_whatever_device_it_lies(group):
+    """So that a run may go on with another dp: sent and kept are all gradients and all that was kept before."""
+    mesh = jax.make_mesh((4,), ("dp",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,))
+    spec, way = PartitionSpec("dp"), TopK(0.1, group=group)
+
+    def one(gradient, residual, key):
+        found, kept = compression._through(way, gradient[0], residual[0], key)
+        return found[None], kept[None]
+
+    through = jax.shard_map(
+        one, mesh=mesh, in_specs=(spec, spec, PartitionSpec()), out_specs=(spec, spec), check_vma=False
+    )
+    given, before = gradients(1001, 4), 3 * np.random.default_rng(1).standard_normal((4, 1001)).astype(np.float32)
+    found, kept = map(np.asarray, jax.jit(through)(given, before, jax.random.key(0)))
+    assert np.any(found[0] != 0)
+    np.testing.assert_allclose(found[0] + kept.sum(0), (given + before).sum(0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -307,6 +307,7 @@ def test_a_run_none_of_whose_checkpoints_is_whole_is_not_begun_anew_unasked(tmp_
     flip(largest(tmp_path / "1"))
     with pytest.raises(manifest.Damaged, match=r"none of its checkpoints is whole .*not as it was written"):
         Saver(tmp_path)
+    assert os.listdir(tmp_path) == ["1"]  # where it was
 
 
 def full(folder):
@@ -394,10 +395,16 @@ def test_a_full_disk_is_said_keeps_what_is_there_and_costs_the_run_nothing(tmp_p
 def test_processes_share_the_writing_the_checking_and_the_failing(tmp_path, count):
     script = """
 import logging, os, pathlib
+import jax.experimental.multihost_utils
 import numpy as np
+import tensorstore
 from tbjax import manifest, stored
 from tbjax.training.saving import SaveFailed, Saver, saved_steps
 from tests.training.test_saving import abstract, flip, largest, model, same_bits, state_of
+
+def read_from_disk():
+    found = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in found for value in metric["values"])
 
 run = pathlib.Path(sys.argv[4])
 one = jax.process_index() == 1
@@ -434,7 +441,11 @@ jax.experimental.multihost_utils.sync_global_devices("flipped")
 with Saver(run, keep=3) as saver:
     assert saver.latest == 1, saver.latest
     assert list(saver.skipped) == ["2"], saver.skipped
+    before = read_from_disk()
     restored = saver.restore(abstract(state))
+    # Its own shards, and little besides: the data are cut over the processes, the index is not.
+    share = (read_from_disk() - before) / sum(a.nbytes for a in jax.tree.leaves(state))
+    assert share < 1.3 / jax.process_count(), share
 total = jax.jit(lambda tree: sum(abs(leaf).sum() for leaf in jax.tree.leaves(tree)))
 assert total(restored.model) == total(state.model)
 """

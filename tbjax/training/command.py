@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 
 from tbjax.terminal import join_hosts, parse_mesh, readable_errors
-from tbjax.training.elastic import accumulation, as_begun
+from tbjax.training.elastic import accumulation, agreed, as_begun
 
 if TYPE_CHECKING:
     from tbjax.planner.plan import Plan
@@ -308,7 +308,7 @@ def _planned(model: str, settings: "TrainConfig", sharding: str | None, revision
         "revision": revision,
     }
     asked |= {name: getattr(settings, name) for name in ("optimizer", "precision") if getattr(settings, name)}
-    return tbjax.plan(model, "auto", runnable=True, **asked)
+    return agreed(tbjax.plan(model, "auto", runnable=True, **asked))
 
 
 def _asked(data: str, **parts: str | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tbjax.planner.plan import Plan
     from tbjax.training.config import TrainConfig
 
 
@@ -46,3 +47,17 @@ def accumulation(batch: int, ways: int, at_once: int) -> int:
         )
     share = batch // ways
     return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= at_once)
+
+
+def agreed(plan: "Plan") -> "Plan":
+    """The plan of the first process, in all: hosts need not be alike, and each plans for one like itself."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    from tbjax.planner.plan import Plan
+
+    text = plan.to_json().encode()
+    room = np.zeros(int(multihost_utils.broadcast_one_to_all(np.int32(len(text)))), np.uint8)
+    own = np.frombuffer(text, np.uint8)[: room.size]
+    room[: own.size] = own
+    return Plan.from_json(np.asarray(multihost_utils.broadcast_one_to_all(room), np.uint8).tobytes().decode())

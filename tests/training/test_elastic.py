@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tbjax
 from tbjax.training.config import TrainConfig
-from tbjax.training.elastic import accumulation, as_begun
+from tbjax.training.elastic import accumulation, agreed, as_begun
 from tbjax.training.saving import FORMAT
 
 
@@ -43,3 +44,8 @@ def test_a_run_goes_on_with_the_batch_that_it_began_with(tmp_path):
     )
     assert as_begun(TrainConfig(steps=20), tmp_path / "none") == TrainConfig(steps=20)
     assert as_begun(TrainConfig(steps=20), None) == TrainConfig(steps=20)
+
+
+def test_the_plan_is_the_first_processes():
+    plan = tbjax.plan("llama-2-7b-hf", "h100:8", global_batch=64)
+    assert agreed(plan) == plan

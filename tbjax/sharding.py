@@ -152,6 +152,11 @@ class Sharding:
         return math.prod(self.mesh.shape.get(axis, 1) for axis in axes)
 
     @property
+    def platform(self) -> str | None:
+        """What the devices are, as JAX calls it ("cpu", "gpu", "tpu"); None for a mesh on paper."""
+        return self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else None
+
+    @property
     def in_stage(self) -> bool:
         """Whether what is being traced is per device already, as a pipeline's stages are."""
         return _inside_shard_map()

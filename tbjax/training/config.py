@@ -16,7 +16,6 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 
 import jax
 import optax
-from jax.sharding import Mesh
 
 from tbjax.model import Decoder
 from tbjax.pipeline.schedule import named
@@ -231,7 +230,7 @@ class TrainConfig:
         )
         # XLA makes a loop of its own for each array that an update gives on a CPU, and a copy of each that two of them
         # read: two more copies of the model's size for AdamW. Layer by layer these are copies of a layer.
-        on_cpu = isinstance(model.sharding.mesh, Mesh) and model.sharding.mesh.devices.flat[0].platform == "cpu"
+        on_cpu = model.sharding.platform == "cpu"
         return OnlyLayerwise(*made) if on_cpu and isinstance(made, Layerwise) else made
 
     @property

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
@@ -202,6 +203,7 @@ class _Run:
                 f"{checkpoint_dir} holds step {self.saver and self.saver.latest} of a run, and resume=False: name "
                 "another folder, or remove it."
             )
+        own(model)
         with_dtype(model, DTYPES[self.precision][0])
         optimizer = config.make_optimizer(model)
         self.run_step = make_step(optimizer, **config.step_options(model))
@@ -425,6 +427,19 @@ class _Run:
 
     def _data_state(self) -> Any:
         return self.data.state() if hasattr(self.data, "state") else None
+
+
+def own(model: Decoder) -> None:
+    """Have JAX itself hold the weights of `model`, in place, on a CPU.
+
+    What was read from files there lies in the reader's memory, which a step cannot take for the next state: the first
+    one would hold all weights twice.
+    """
+    if model.sharding.platform != "cpu":
+        return
+    for leaf, array in zip(leaves(model), jax.tree.leaves(model), strict=True):
+        if array.sharding.memory_kind != HOST:
+            leaf.variable.set_value(jnp.copy(array))
 
 
 def with_dtype(model: Decoder, dtype: Any) -> None:

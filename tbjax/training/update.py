@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental.xla_metadata import set_xla_metadata
-from jax.sharding import Mesh
 
 from tbjax.model import Decoder
 from tbjax.sharding import Dims, Leaf, leaves, on_host, to_device
@@ -278,8 +277,7 @@ def _called(function: Callable[..., Result], model: Decoder) -> Callable[..., Re
     it does not see that all of those come before the rows are written back, it would copy the whole stacks first, for
     every row.
     """
-    mesh = model.sharding.mesh
-    if not (isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"):
+    if model.sharding.platform != "cpu":
         return function
 
     def call(*operands: Any) -> Result:

@@ -243,8 +243,9 @@ def _saved(layer: Layer, step: Step) -> int:
     if remat in ("full", "stage"):
         return layer.residual
     if remat == "dots":
-        # Of the attention's output projection and, where a norm follows, of the feed-forward layer's.
-        outwards = layer.residual * (2 if layer.post_norm else 1)
+        # Of the attention's output projection, which the second norm of a block takes up, unless its two halves stand
+        # side by side; and, where a norm follows, of the feed-forward layer's.
+        outwards = layer.residual * ((step.config.block == "sequential") + layer.post_norm)
         inner = 0 if layer.experts else layer.inner  # ragged matmuls are not among them
         return layer.residual + layer.queries + 2 * layer.keys + outwards + layer.router + inner
     # What is inside both norms and what they gave, which is kept as it lies cut: gathering it is done again. What

@@ -7,10 +7,12 @@ module is collected. A test that needs another number of devices starts a proces
 import os
 from pathlib import Path
 
+from tests.xla import flags
+
 DEVICES = 8
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags(DEVICES)}".strip()
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network fails at once, and says so
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and xdist's processes share the same few cores

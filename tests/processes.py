@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.xla import flags
+
 ROOT = Path(__file__).parent.parent
 
 # No process has reason to take longer; one that hangs (its peer died) is killed, and the test says so.
@@ -31,7 +33,7 @@ def environment(devices: int, **more: str) -> dict[str, str]:
     """The environment of a process with so many CPU devices of its own."""
     return {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": flags(devices),
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),

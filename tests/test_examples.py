@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.xla import flags
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = re.compile(r"^ {4}python examples/(.* --tiny[^#\n]*)", re.MULTILINE)
+
+DEVICES = 8
 
 # What each prints when it has done what it is for.
 SHOWN = {
@@ -32,8 +36,7 @@ def commands(name):
 @pytest.mark.parametrize("name", sorted(SHOWN))
 def test_an_example_runs(name):
     (command,) = commands(name)
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    environment["PYTHONPATH"] = str(EXAMPLES.parent)
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "XLA_FLAGS": flags(DEVICES)}
     arguments = ["--steps", "4"] if name == "train_llama_7b_fsdp.py" else []  # a minute's worth by itself
     result = subprocess.run(
         [sys.executable, str(EXAMPLES / command[0]), *command[1:], *arguments],

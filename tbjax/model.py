@@ -386,9 +386,9 @@ class Decoder(nnx.Module):
         return stack if cut.plain else jax.tree.map(lambda a: a[np.asarray(cut.places)], stack)
 
     def _kept(self, cache: jax.Array) -> jax.Array:
-        """A stack of keys or values [R, B, T, K, N], in that order in memory: attention would like others best, and the
+        """A stack of keys or values [R, B, K, T, N], in that order in memory: attention would like others best, and the
         compiler would turn the whole stack to please it."""
-        return self.sharding.in_order(cache, None, "batch", None, "kv_heads", None)
+        return self.sharding.in_order(cache, None, "batch", "kv_heads", None, None)
 
 
 def with_holes(rows: np.ndarray, stack: jax.Array) -> jax.Array:

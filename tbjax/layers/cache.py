@@ -16,11 +16,11 @@ from tbjax.layers.attention import HeadLayout
 from tbjax.layers.ring import LayerCache, room
 from tbjax.sharding import Sharding
 
-DIMS = (None, "batch", None, "kv_heads", None)
+DIMS = (None, "batch", "kv_heads", None, None)
 
 
 class KVCache(NamedTuple):
-    """`layers[group][position]` is of all repeats a `LayerCache` of stacks [R, B, T, K, N], or a list of single ones.
+    """`layers[group][position]` is of all repeats a `LayerCache` of stacks [R, B, K, T, N], or a list of single ones.
 
     T is the capacity, or that of a ring.
     """
@@ -45,7 +45,7 @@ def make_cache(
 
     def empty(kind: LayerKind, *repeats: int) -> LayerCache:
         size = room(kind.window, capacity, chunk or capacity)
-        a = jnp.zeros((*repeats, batch, size, heads, config.head_dim), dtype)
+        a = jnp.zeros((*repeats, batch, heads, size, config.head_dim), dtype)
         a = sharding.constrain(a, *DIMS[-a.ndim :])
         return LayerCache(a, a)
 
@@ -61,7 +61,7 @@ def grown(config: ModelConfig, sharding: Sharding, cache: KVCache, capacity: int
     length = cache.valid.shape[1]
 
     def moved(kind: LayerKind, a: jax.Array) -> jax.Array:
-        size, axis = room(kind.window, capacity, 1), a.ndim - 3
+        size, axis = room(kind.window, capacity, 1), a.ndim - 2
         if size >= length:
             a = jnp.pad(a, [(0, size - length if i == axis else 0) for i in range(a.ndim)])
         else:  # a ring of the last tokens: slot s at place s % size

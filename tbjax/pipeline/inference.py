@@ -30,7 +30,7 @@ from tbjax.pipeline.execute import pipelined_hidden
 from tbjax.pipeline.schedule import ForwardOnly
 from tbjax.pipeline.stages import Stage, over_stages
 
-# Of each position in the pattern the keys and the values, [L, G, B, T, K, N].
+# Of each position in the pattern the keys and the values, [L, G, B, K, T, N].
 Caches = list[LayerCache]
 _OWN = PartitionSpec("pp")  # how they lie over the stages
 
@@ -203,7 +203,7 @@ class _Stage(Stage):
         """Empty caches for the stage's layers, of groups [G, B]."""
         config, tp = self.model.config, self.model.sharding.size("tp")
         heads = HeadLayout.fit(config.heads, config.kv_heads, tp).total
-        empty = jnp.zeros((self.cut.rows, *shape, capacity, heads, config.head_dim), self.model.dtype)
+        empty = jnp.zeros((self.cut.rows, *shape, heads, capacity, config.head_dim), self.model.dtype)
         empty = _kept(self.model, empty)
         return [LayerCache(empty, empty) for _ in config.groups[0].pattern]
 
@@ -263,7 +263,7 @@ def _serve(
 
 def _kept(model: Decoder, cache: jax.Array) -> jax.Array:
     """A cache in one order in memory, see `Decoder`."""
-    return model.sharding.in_order(cache, None, None, "batch", None, "kv_heads", None)
+    return model.sharding.in_order(cache, None, None, "batch", "kv_heads", None, None)
 
 
 def _grouped(array: jax.Array, shape: tuple[int, int]) -> jax.Array:

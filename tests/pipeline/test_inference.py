@@ -106,8 +106,8 @@ def test_every_stage_holds_the_keys_and_values_of_its_own_layers_and_sends_nothi
     rows, eos = Rows(written=np.zeros(2, np.int32), least=np.zeros(2, np.int32)), np.asarray([-1], np.int32)
     _, state = prefill(made, tokens, tokens, {}, rows, eos, np.zeros(2, bool), capacity=64)
     for array in jax.tree.leaves(state.cache.layers):
-        assert array.shape == (6, 2, 1, 64, 4, 16)  # three heads over two devices are four; five layers six rows
-        assert {shard.data.shape for shard in array.addressable_shards} == {(3, 2, 1, 64, 2, 16)}
+        assert array.shape == (6, 2, 1, 4, 64, 16)  # three heads over two devices are four; five layers six rows
+        assert {shard.data.shape for shard in array.addressable_shards} == {(3, 2, 1, 2, 64, 16)}
     compiled = decode.lower(made, state, {}, eos, np.int32(8), room=32).compile()
     found = hlo.read(str(compiled.as_text()), {axis: made.mesh.shape[axis] for axis in made.mesh.axis_names})
     between = [c for c in found.collectives if "pp" in c.axes]

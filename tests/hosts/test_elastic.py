@@ -25,8 +25,9 @@ def test_a_host_dies_in_a_step_and_comes_back_and_the_losses_do_not_know(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not elastic.can_make_networks(), reason="needs root and network namespaces")
 def test_a_cut_link_ends_in_an_error_and_a_restart(tmp_path):
+    if not elastic.can_make_networks():
+        pytest.skip("needs root and network namespaces")
     change, (near, far) = elastic.cut_the_link(tmp_path, STEPS)
     assert change.repeated <= elastic.SAVE_EVERY
     for said in (near, far):

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tbjax
-from benchmarks.kills import INTERVAL, kill_again_and_again
+from benchmarks.kills import INTERVAL, Kill, kill_again_and_again
 from benchmarks.memory import AnonymousMemory
 from benchmarks.victims import Nursery, mounts
 from tbjax import checkpoint, manifest
@@ -39,13 +39,17 @@ from tbjax.training.config import TrainConfig
 from tbjax.training.loop import SAVE_EVERY, make_train_step
 from tbjax.training.saving import Saver, saved_steps
 
-ADAM = "adamw"
-
 
 def kills(folder: Path, count: int, seed: int, console: Console) -> None:
     """Kill `count` runs."""
-    with Nursery(folder) as nursery:
-        report = kill_again_and_again(nursery, folder, count, seed=seed)
+    told: list[Kill] = []
+
+    def tell(kill: Kill) -> None:
+        told.append(kill)
+        shown.update(f"{len(told)} of {count}: step {kill.reached}, lost {kill.lost}, {kill.seconds:.1f} s to go on")
+
+    with Nursery(folder) as nursery, console.status("killing") as shown:
+        report = kill_again_and_again(nursery, folder, count, seed=seed, on_kill=tell)
     found = Table("killed after", "times", "steps lost: median", "most", title="SIGKILL at random moments")
     kinds = Counter(kill.when.split()[-1] for kill in report.kills)
     for kind, times in kinds.most_common():
@@ -111,7 +115,7 @@ def damage(folder: Path, times: int, seed: int, console: Console) -> None:
     with Saver(folder / "run") as saver:
         saver.save(state, 1, data=None, config=None)
     path = folder / "run" / "1"
-    like, shapes = _abstract(state), jax.tree.map(_struct, model)
+    shapes = jax.tree.map(_struct, model)
     tried: Counter[tuple[str, str]] = Counter()
     found: Counter[tuple[str, str]] = Counter()
     for name in (*sorted(manifest.read(path)), manifest.NAME):
@@ -121,7 +125,7 @@ def damage(folder: Path, times: int, seed: int, console: Console) -> None:
                 changed = change(content, draw)
                 (path / name).unlink() if changed is None else (path / name).write_bytes(changed)
                 tried[_kind(name), way] += 1
-                found[_kind(name), way] += _is_refused(path, like, shapes, within=name)
+                found[_kind(name), way] += _is_refused(path, shapes, name)
                 (path / name).parent.mkdir(exist_ok=True)
                 (path / name).write_bytes(content)
     kinds = ("data", "index", "metadata", "manifest")
@@ -132,20 +136,20 @@ def damage(folder: Path, times: int, seed: int, console: Console) -> None:
     console.print(f"corruptions detected / tried: {found.total()} / {tried.total()}")
 
 
-def _is_refused(path: Path, like: Any, shapes: Any, within: str) -> bool:
-    """Whether a run skips the checkpoint and, where the file is one that a model needs, loading it is refused."""
+def _is_refused(path: Path, shapes: Any, name: str) -> bool:
+    """Whether a run skips a checkpoint whose file `name` has changed and, if a model needs it, none is loaded."""
     try:
         manifest.check(path)
     except manifest.Damaged:
-        skipped = True
+        pass
     else:
-        skipped = False
-    if within.startswith(("training/", "progress/")):
-        return skipped
+        return False
+    if name.startswith(("training/", "progress/")):
+        return True
     try:
         checkpoint.restore(shapes, path)
     except manifest.Damaged:
-        return skipped
+        return True
     return False
 
 
@@ -209,7 +213,7 @@ def _made(sizes: dict[str, int], mesh: Any) -> tuple[Any, Any, TrainConfig]:
         **shape,
     )
     model = tbjax.from_config(config, mesh, dtype="float32")
-    training = TrainConfig(steps=1000, schedule="constant", precision="float32", optimizer=ADAM).with_plan(None)
+    training = TrainConfig(steps=1000, schedule="constant", precision="float32").with_plan(None)
     state = init_state(model, training.make_optimizer(model), precision="float32")
     return model, state, training
 
@@ -225,8 +229,19 @@ def _abstract(state: Any) -> Any:
 def price(folder: Path, rounds: int, console: Console) -> None:
     """What saving and restoring a state of 500 MB cost."""
     model, state, training = _made(LARGE, make_mesh((1, 2, 1), jax.devices()[:2]))
-    step = make_train_step(model, None, training.make_optimizer(model), precision="float32", on_nonfinite="keep")
     size = sum(array.nbytes for array in jax.tree.leaves(state))
+    shown = Table("", "", title=f"A state of {size / 1e6:.0f} MB, {rounds} rounds: median, least and most")
+    step = make_train_step(model, None, training.make_optimizer(model), precision="float32", on_nonfinite="keep")
+    state = _saving(step, state, folder, rounds, shown)
+    like = _abstract(state)
+    for array in jax.tree.leaves(state):
+        array.delete()
+    _restoring(like, size, folder / "run", rounds, shown)
+    console.print(shown)
+
+
+def _saving(step: Any, state: Any, folder: Path, rounds: int, shown: Table) -> Any:
+    """Save in the background of a run, again and again; the state after it."""
     tokens = np.random.default_rng(0).integers(0, LARGE["vocab_size"], (2, 65)).astype(np.int32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
 
@@ -236,9 +251,9 @@ def price(folder: Path, rounds: int, console: Console) -> None:
         jax.block_until_ready((state, metrics))
         return state, time.perf_counter() - began
 
-    for _ in range(3):
+    for _ in range(3):  # the first ones compile
         state, _ = one(state)
-    plain, blocked, stolen, during, written, memory = [], [], [], [], [], []
+    found: dict[str, list[float]] = {name: [] for name in ("step", "blocked", "stolen", "written", "memory")}
     with Saver(folder / "run", keep=1) as saver:
         for number in range(1, rounds + 1):
             steady = []
@@ -249,55 +264,51 @@ def price(folder: Path, rounds: int, console: Console) -> None:
             with AnonymousMemory() as held:
                 began = time.perf_counter()
                 saver.save(state, number, data=None, config=None)
-                blocked.append(time.perf_counter() - began)
-                lost, count = blocked[-1], 0
-                while saver.writing or count < 3:
+                blocked = stolen = time.perf_counter() - began
+                while saver.writing:
                     state, seconds = one(state)
-                    lost, count = lost + seconds - usual, count + 1
-                written.append(time.perf_counter() - began)
+                    stolen += seconds - usual
+                written = time.perf_counter() - began
             saver.wait()
-            plain.append(usual)
-            stolen.append(lost)
-            during.append(count)
-            memory.append(held.peak - held.before)
-    usual, lost = statistics.median(plain), statistics.median(stolen)
-    shown = Table("", "", title=f"A state of {size / 1e6:.0f} MB, {rounds} rounds")
-    shown.add_row("a step", f"{usual:.3f} s")
-    shown.add_row("save: until training goes on", _spread(blocked, "s"))
-    shown.add_row("save: taken from training in all", _spread(stolen, "s"))
-    shown.add_row(f"  of each step at the default interval of {SAVE_EVERY}", f"{lost / SAVE_EVERY / usual:.2%}")
-    shown.add_row("  steps done while it was written", f"{statistics.median(during):.0f}")
-    shown.add_row("save: until the checkpoint is in its place, at most", _spread(written, "s"))
-    shown.add_row("save: memory beyond the state", f"{max(memory) / 1e6:.0f} MB")
-    with AnonymousMemory() as held, Saver(folder / "slow", keep=1, background=False) as saver:
+            for name, value in zip(found, (usual, blocked, stolen, written, held.peak - held.before), strict=True):
+                found[name].append(value)
+    usual, stolen = (statistics.median(found[name]) for name in ("step", "stolen"))
+    shown.add_row("a step, with nothing else to do", _spread(found["step"], "s"))
+    shown.add_row("save: until training goes on", _spread(found["blocked"], "s"))
+    shown.add_row("save: until it is in its place (to the end of a step)", _spread(found["written"], "s"))
+    shown.add_row("save: taken from training in all", _spread(found["stolen"], "s"))
+    shown.add_row(f"  of every step at the default interval of {SAVE_EVERY}", f"{stolen / SAVE_EVERY / usual:.2%}")
+    shown.add_row("save: memory beyond the state, at most", f"{max(found['memory']) / 1e6:.0f} MB")
+    with AnonymousMemory() as held, Saver(folder / "waiting", keep=1, background=False) as saver:
         saver.save(state, 1, data=None, config=None)
         saver.wait()
     shown.add_row("save, not in the background: memory beyond the state", f"{(held.peak - held.before) / 1e6:.0f} MB")
+    return state
 
-    like = _abstract(state)
-    for array in jax.tree.leaves(state):
-        array.delete()
-    path = folder / "run" / str(saved_steps(folder / "run")[-1])
-    speeds: dict[str, list[float]] = {}
+
+def _restoring(like: Any, size: int, run: Path, rounds: int, shown: Table) -> None:
+    """Restore again and again, beside reading the files."""
+    path = run / str(saved_steps(run)[-1])
+    ways: dict[str, Callable[[], Any]] = {
+        "the files, read into memory": lambda: _raw(path),
+        "restore, every byte checked": lambda: _restored(run, like, "full"),
+        "restore, not checked": lambda: _restored(run, like, "none"),
+        "check alone": lambda: manifest.check(path),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    memory = []
     for _ in range(rounds):
-        for name, act in (
-            ("read: the files, into memory", lambda: _raw(path)),
-            ("restore: checked in full", lambda: _restored(folder / "run", like, "full")),
-            ("restore: not checked", lambda: _restored(folder / "run", like, "none")),
-            ("check alone", lambda: manifest.check(path)),
-        ):
+        for name, act in ways.items():
             with AnonymousMemory() as held:
                 began = time.perf_counter()
                 kept = act()
-                speeds.setdefault(name, []).append(size / 1e9 / (time.perf_counter() - began))
+                speeds[name].append(size / 1e9 / (time.perf_counter() - began))
             del kept
-            if name.endswith("in full"):
+            if name.startswith("restore"):
                 memory.append(held.peak - held.before - size)
-                top = memory[-1]
     for name, values in speeds.items():
         shown.add_row(name, _spread(values, "GB/s"))
-    shown.add_row("restore: memory beyond the state", f"{top / 1e6:.0f} MB")
-    console.print(shown)
+    shown.add_row("restore: memory beyond the state, at most", f"{max(memory) / 1e6:.0f} MB")
 
 
 def _raw(path: Path) -> list[bytes]:

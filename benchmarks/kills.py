@@ -52,7 +52,9 @@ class Report:
         return 0 if self.differing else sum(kill.survived for kill in self.kills)
 
 
-def kill_again_and_again(nursery: Nursery, folder: Path, count: int, *, seed: int = 0) -> Report:
+def kill_again_and_again(
+    nursery: Nursery, folder: Path, count: int, *, seed: int = 0, on_kill: Callable[[Kill], None] = lambda kill: None
+) -> Report:
     """`count` runs in `folder`, all of them killed."""
     draw = random.Random(seed)
     run, kills, losses = folder / "run", [], {}
@@ -70,6 +72,7 @@ def kill_again_and_again(nursery: Nursery, folder: Path, count: int, *, seed: in
         if pending is not None:
             _require(victim.wait_for(lambda victim=victim: bool(victim.steps)), victim)
             kills.append(Kill(**pending, resumed=victim.began, seconds=time.monotonic() - began))
+            on_kill(kills[-1])
         if len(kills) == count:
             victim.kill()
             note(victim)

@@ -12,6 +12,7 @@ few thousand numbers, whose losses are exact: every process that does step 17 ge
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import re
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -108,7 +110,8 @@ class Nursery:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(DEVICES),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+            # Of two that say how many devices there are, the last counts.
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -211,12 +214,10 @@ def live(output: Path, checkpoint_dir: Path, settings: dict[str, Any]) -> None:
     handle = os.open(output, os.O_WRONLY | os.O_APPEND)
     for standard in (1, 2):
         os.dup2(handle, standard)
-    import logging
-
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(levelname)s %(message)s", force=True)
-    logging.getLogger("tbjax").setLevel(logging.INFO)
-    import traceback
-
+    ours = logging.getLogger("tbjax")
+    ours.setLevel(logging.INFO)
+    ours.addFilter(lambda record: not record.getMessage().startswith("step "))  # those are said to the last bit
     try:
         learn(checkpoint_dir, settings)
     except BaseException:
@@ -255,8 +256,6 @@ def learn(checkpoint_dir: Path, settings: dict[str, Any]) -> Any:
 
     usual = {"steps": STEPS, "learning_rate": 1e-3, "schedule": "constant", "precision": "float32", "remat": "none"}
     config = TrainConfig(**usual | {"log_every": 1} | settings)
-    logging_off = __import__("logging").getLogger("tbjax")
-    logging_off.addFilter(lambda record: not record.getMessage().startswith("step "))
     # In our own words: Hugging Face's would have to be asked for its defaults, which takes seconds.
     shape = ModelConfig(
         family="llama",

@@ -174,6 +174,9 @@ class Saver:
                         f"{path} holds another run: its {name} is {_spell(saved)}, this one's {_spell(needed)}. Give "
                         f"{remedy} of that run, or another folder."
                     )
+            converted = {(there[name].dtype, wanted[name].dtype) for name in there.keys() & wanted.keys()}
+            for saved, needed in sorted((a.name, b.name) for a, b in converted if a != b):
+                log.info("%s: what was saved as %s goes on as %s.", path / item, saved, needed)
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest state, into the shapes, dtypes and places of `like`, which may be abstract.

@@ -214,15 +214,16 @@ def test_parameters_and_optimizer_are_restored_on_any_layout(tmp_path, layouts, 
         assert array.sharding == meant.sharding
 
 
-def test_another_precision_converts_and_may_begin_to_scale(tmp_path, state):
+def test_another_precision_converts_and_may_begin_to_scale(tmp_path, state, caplog):
     save(tmp_path, state, 3)
     half = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=a.sharding) if a.dtype == jnp.float32 else a,
         abstract(state),
     )
     scaled = state_of(model(), fill=False, precision="float16")
-    with Saver(tmp_path) as saver:
+    with caplog.at_level(logging.INFO, "tbjax"), Saver(tmp_path) as saver:
         saver.check(half)
+        assert "parameters: what was saved as float32 goes on as bfloat16" in caplog.text
         found = saver.restore(half)
         assert {a.dtype for a in jax.tree.leaves(found.model)} == {jnp.dtype(jnp.bfloat16)}
         assert same_bits(found.model, jax.tree.map(lambda a: a.astype(jnp.bfloat16), state.model))

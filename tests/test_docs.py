@@ -1,6 +1,8 @@
 """What the documentation shows runs: every Python block of a page in order, in one process, then its commands."""
 
+import dataclasses
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -8,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tbjax.training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md"]
@@ -40,6 +44,23 @@ def test_every_snippet_runs(page, tmp_path):
         script, *arguments = shlex.split(line, comments=True)
         output = run([sys.executable, "-m", SCRIPTS[script], *arguments], tmp_path)
     assert "Paris" in output
+
+
+def test_every_name_of_the_documentation_is_there():
+    """Names in backticks: `tbjax.load`, `tbjax.compat.deepspeed(config)`, and fields: `TrainConfig(remat=...)`."""
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        named = {match.rstrip(".") for match in re.findall(r"`(tbjax\.[a-zA-Z_.]+)", text)}
+        assert "tbjax.load" in named
+        for name in sorted(named):
+            assert pkgutil.resolve_name(name) is not None
+        fields = {field.name for field in dataclasses.fields(TrainConfig)}
+        asked = {
+            each
+            for call in re.findall(r"TrainConfig\(((?:[^()`]|\([^()]*\))*)\)", text)
+            for each in re.findall(r"(\w+)=", call)
+        }
+        assert asked <= fields, asked - fields
 
 
 def test_every_make_target_of_the_documentation_is_there():

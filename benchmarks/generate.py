@@ -62,7 +62,7 @@ def theirs(folder: str, dtype: str) -> Contender:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     model.generation_config.eos_token_id = None
 
     def write(prompts: np.ndarray, new: int) -> Any:
@@ -164,7 +164,7 @@ def main() -> None:
     arguments = parser.parse_args()
     reader, rows = Reader(), []
     for dtype in arguments.dtype or ["float32", "bfloat16"]:
-        batches = arguments.batch or list(BATCHES)
+        batches: list[int] = arguments.batch or list(BATCHES)
         rows += measure(dtype, batches, arguments.rounds, arguments.new, reader)
     if arguments.json:
         print(json.dumps(rows))

@@ -26,6 +26,7 @@ from tbjax import checkpoint, generate, rows
 from tbjax.config import ModelConfig
 from tbjax.dtypes import float_dtype
 from tbjax.generate import front
+from tbjax.generate.settings import known
 from tbjax.layers.linear import shapes_only
 from tbjax.manifest import Verify
 from tbjax.mesh import MeshSpec, make_mesh
@@ -217,7 +218,8 @@ class CausalLM(Decoder):
     def _generation_settings(self) -> Mapping[str, Any]:
         if self.origin is None:
             return {}
-        return {**_present(self.origin.config, "eos_token_id"), **_present(self.origin.generation_config or {})}
+        of_file = known(_present(self.origin.generation_config or {}))
+        return {**_present(self.origin.config, "eos_token_id"), **of_file}
 
 
 @jax.jit

@@ -65,6 +65,13 @@ _REFUSED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+def known(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that transformers knows. A checkpoint's file may have more, for code of its own: there as here they say
+    nothing, while in a call a name that nobody knows is a mistake."""
+    ours = {field.name for field in dataclasses.fields(Settings)}
+    return {name: value for name, value in fields.items() if name in ours | _NO_MATTER | set(_REFUSED)}
+
+
 class Options(TypedDict, total=False):
     """The fields of a `GenerationConfig` that a call may give by name."""
 

@@ -117,10 +117,11 @@ def _compile_inference(case: Case, sharding: Sharding) -> list[Program]:
     # A prompt of one token at least: a cache is written by reading a prompt.
     prompt = array(rows, max(workload.prompt_len, 1))
     whole = NamedSharding(sharding.mesh, PartitionSpec())
-    scalar, ends, of_rows, truths = (
-        jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
-        for shape, dtype in (((), jnp.int32), ((1,), jnp.int32), ((rows,), jnp.int32), ((rows,), bool))
-    )
+
+    def everywhere(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    scalar, ends, of_rows, truths = everywhere(), everywhere(1), everywhere(rows), everywhere(rows, dtype=bool)
     answers = generate.Rows(written=of_rows, least=of_rows)
     lowered = generate.prefill.lower(model, prompt, prompt, {}, answers, ends, truths, capacity=workload.seq_len)
     prefill, compiled = _measure("prefill", lowered, case)

@@ -32,6 +32,13 @@ def test_the_later_come_before_the_earlier_and_none_says_nothing():
     assert Settings.of({"stop_strings": "ab"}).stop_strings == ("ab",)
 
 
+def test_a_checkpoints_file_may_say_more_than_anyone_knows():
+    said = {"chat_format": "chatml", "temperature": 0.5, "num_beams": 2}
+    assert settings.known(said) == {"temperature": 0.5, "num_beams": 2}
+    with pytest.raises(ValueError, match="chat_format='chatml': there is no such setting"):
+        Settings.of(said)
+
+
 def test_rules_are_those_that_change_something():
     assert Settings(temperature=0.5, top_p=0.3).rules == {}  # nothing is drawn
     assert Settings(do_sample=True).rules == {"temperature": 1.0, "top_k": 50.0}

@@ -36,7 +36,7 @@ def theirs(tmp_path_factory):
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("smollm2")
-    made = tbjax.load(SMOLLM2, (1, 1, 1), dtype="float32", progress=False)
+    made = tbjax.load(SMOLLM2, (1, 8, 1), dtype="float32", progress=False)
     made.save_pretrained(folder, overwrite=True)
     tokenizer = made.tokenizer
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -1,6 +1,6 @@
 """What a run loses when things go wrong, and what it pays so as not to.
 
-    python -m benchmarks.faults                         all of it (about ten minutes on two cores)
+    python -m benchmarks.faults                         all of it
     python -m benchmarks.faults kills --kills 500       one part: kills, damage, disk, price
 
 kills    runs killed with SIGKILL at random moments (`benchmarks.kills`)
@@ -278,7 +278,9 @@ def _saving(step: Any, state: Any, folder: Path, rounds: int, shown: Table) -> A
     shown.add_row("save: until it is in its place (to the end of a step)", _spread(found["written"], "s"))
     shown.add_row("save: taken from training in all", _spread(found["stolen"], "s"))
     shown.add_row(f"  of every step at the default interval of {SAVE_EVERY}", f"{stolen / SAVE_EVERY / usual:.2%}")
-    shown.add_row("save: memory beyond the state, at most", f"{max(found['memory']) / 1e6:.0f} MB")
+    shown.add_row(
+        "save: memory beyond the state, at most, the steps' own included", f"{max(found['memory']) / 1e6:.0f} MB"
+    )
     with AnonymousMemory() as held, Saver(folder / "waiting", keep=1, background=False) as saver:
         saver.save(state, 1, data=None, config=None)
         saver.wait()

@@ -36,9 +36,21 @@ def write(
     """The answers to all prompts, after each dispatch as far as they have come: always the same list.
 
     To each prompt there are `settings.num_return_sequences`, one after the other. `seeds` are those of the prompts, and
-    `read_as` gives the text of tokens, where it is wanted.
+    `read_as` gives the text of tokens, where it is wanted. What cannot be done raises before anything is written.
     """
     budgets = _check(model.config, prompts, settings)
+    return _written(model, prompts, settings, budgets, seeds, read_as, stream)
+
+
+def _written(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    budgets: Sequence[int],
+    seeds: Sequence[int] | None,
+    read_as: Callable[[list[int]], str] | None,
+    stream: bool,
+) -> Iterator[list[Answer]]:
     samples = range(settings.num_return_sequences)
     rows = [(prompt, budget, sample) for prompt, budget in enumerate(budgets) for sample in samples]
     answers = [Answer(budget, settings.eos_token_id, read_as, settings.stop_strings) for _, budget, _ in rows]

@@ -82,6 +82,7 @@ def prefill(
     else:
         states, cache = _read(model, tokens, mask, layers, capacity)
         chosen, rows = pick(model.logits(states)[:, 0], rows)
+    chosen = _everywhere(model, chosen)
     return chosen, State(cache, chosen.token, done | jnp.isin(chosen.token, eos), rows)
 
 
@@ -127,7 +128,8 @@ def decode(
         jnp.zeros((batch, room), jnp.int32), jnp.zeros((batch, room), jnp.float32) if log_probabilities else None
     )
     if inference.runs_in_stages(model):
-        return inference.decode(model, state, written, pick, eos, count)
+        written, state = inference.decode(model, state, written, pick, eos, count)
+        return _everywhere(model, written), state
 
     def unfinished(carry: Any) -> jax.Array:
         number, _, state = carry
@@ -143,4 +145,9 @@ def decode(
         return number + 1, written, State(cast(KVCache, hidden.cache), chosen.token, done, rows)
 
     _, written, state = jax.lax.while_loop(unfinished, step, (jnp.int32(0), written, state))
-    return jax.tree.map(lambda a: model.sharding.constrain(a, None, None), written), state
+    return _everywhere(model, written), state
+
+
+def _everywhere(model: Decoder, chosen: Chosen) -> Chosen:
+    """What every process is to read, whole on every device."""
+    return jax.tree.map(lambda a: model.sharding.constrain(a, *[None] * a.ndim), chosen)

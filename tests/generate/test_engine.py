@@ -169,6 +169,7 @@ def test_what_a_user_may_say(model, greedy):
     ("prompt", "options", "words"),
     [
         ([1] * 161, {}, "161 tokens, more than the 160 positions"),
+        ([1] * 161, {"stream": True}, "161 tokens, more than the 160 positions"),  # not only when it is iterated
         ([1] * 100, {"max_new_tokens": 61}, "together more than the 160 positions"),
         ([1, 2], {"eos_token_id": [-3]}, "eos_token_id -3"),
         ([1, 2], {"stop_strings": "a"}, "tokenizer"),

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from tbjax.sharding import Sharding
-from tbjax.training.step import Batch
+from tbjax.training.state import Batch
 
 
 class Shape(NamedTuple):

@@ -248,7 +248,7 @@ def train(
         from tbjax.training import data as datasets
         from tbjax.training.logs import writes
         from tbjax.training.loop import train as run
-        from tbjax.training.step import DTYPES
+        from tbjax.training.precision import DTYPES
 
         options: Any = {"sharding": sharding, "revision": revision, "progress": not quiet}
         settings = as_begun(settings, checkpoint_dir)

@@ -25,13 +25,10 @@ from tbjax.remat import Remat
 from tbjax.training import compression
 from tbjax.training.learning_rate import Schedule, learning_rate, wsd_decay
 from tbjax.training.optimizer import Layerwise, Name, OnlyLayerwise, make_optimizer
-from tbjax.training.step import DTYPES, Precision
-
-NotFinitePolicy: TypeAlias = Literal["stop", "skip", "keep"]
+from tbjax.training.precision import DTYPES, OnNonfinite, Precision
+from tbjax.training.update import Offloaded
 
 FailedSavePolicy: TypeAlias = Literal["continue", "stop"]
-
-Offloaded: TypeAlias = Literal["optimizer", "parameters", "activations"]
 
 # What belongs to an optimizer by name, and that an optax transformation brings itself.
 OF_OPTIMIZER = ("learning_rate", "schedule", "warmup", "decay", "final", "weight_decay", "decayed", "clip_norm")
@@ -102,7 +99,7 @@ class TrainConfig:
     z_loss: float = 0.0  # weight of the squared logarithm of the softmax's sum
 
     # After a step whose loss or gradient is no finite number: end the run, go on without that step, or let it be.
-    on_nonfinite: NotFinitePolicy = "stop"
+    on_nonfinite: OnNonfinite = "stop"
 
     log_every: int = 10
     eval_every: int | None = None
@@ -143,7 +140,7 @@ class TrainConfig:
         for name, known in (
             ("schedule", get_args(Schedule)),
             ("precision", (None, *DTYPES)),
-            ("on_nonfinite", get_args(NotFinitePolicy)),
+            ("on_nonfinite", get_args(OnNonfinite)),
             ("async_save", (True, False)),
             ("on_failed_save", get_args(FailedSavePolicy)),
         ):

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from tbjax.model import Decoder
 from tbjax.training.batches import Feed, own_share
 from tbjax.training.loss import cross_entropy
-from tbjax.training.step import DTYPES, Batch, Precision
+from tbjax.training.precision import DTYPES, Precision
+from tbjax.training.state import Batch
 
 
 class Evaluation(NamedTuple):

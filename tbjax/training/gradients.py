@@ -53,11 +53,7 @@ def gradients_of(
     way, and loss and gradients are divided by it in the end. `targets` is their number in the whole, if `batch` is but
     a part (None: it is not).
     """
-    if batch.tokens.shape[0] % (microbatches * model.sharding.size("dp", "fsdp", "ep")):
-        raise ValueError(
-            f"a batch of {batch.tokens.shape[0]} sequences does not divide over "
-            f"dp*fsdp*ep={model.sharding.size('dp', 'fsdp', 'ep')} devices in {microbatches} microbatches."
-        )
+    check_rows(batch, model.sharding, microbatches)
     every = by_path(model)
     values = every if trained is None else {path: every[path] for path in trained}
     targets = jnp.sum(batch.targets >= 0) if targets is None else targets
@@ -150,6 +146,16 @@ def ends_on_device(model: Decoder) -> Decoder:
     """The model with what belongs to no layer on the device; layers come when it is their turn."""
     values = by_path(model)
     return with_arrays(model, {**values, **to_device({p: a for p, a in values.items() if is_end(p)})})
+
+
+def check_rows(batch: Batch, sharding: Sharding, microbatches: int) -> None:
+    """Raise unless every device gets as many sequences of every microbatch."""
+    rows, devices = batch.tokens.shape[0], sharding.size("dp", "fsdp", "ep")
+    if rows % (microbatches * devices):
+        raise ValueError(
+            f"a batch of {rows} sequences does not divide over dp*fsdp*ep={devices} devices in {microbatches} "
+            "microbatches."
+        )
 
 
 def place_batch(batch: Batch, sharding: Sharding) -> Batch:

@@ -34,11 +34,14 @@ from tbjax.training.config import TrainConfig
 from tbjax.training.evaluation import Evaluation, evaluate
 from tbjax.training.interruption import Interruption
 from tbjax.training.logs import JsonLines, Log, Logs, ProgressLine, TensorBoard, figures, writes
-from tbjax.training.metrics import Pace, Record, memory_in_use, peak_flops, step_flops
+from tbjax.training.metrics import Pace, Record, peak_flops, peak_memory, step_flops
+from tbjax.training.nonfinite import find_nonfinite
 from tbjax.training.optimizer import HOST, Name, make_optimizer
+from tbjax.training.precision import DTYPES, Precision
 from tbjax.training.profiling import Profile
 from tbjax.training.saving import SaveFailed, Saver
-from tbjax.training.step import DTYPES, Batch, Metrics, Precision, TrainState, find_nonfinite, init_state, make_step
+from tbjax.training.state import Batch, Metrics, TrainState, init_state
+from tbjax.training.step import make_step
 from tbjax.training.watchdog import watchdog_of
 
 log = logging.getLogger("tbjax")
@@ -354,7 +357,7 @@ class _Run:
             tokens=self.tokens,
             tokens_per_second=speed,
             mfu=mfu,
-            memory=memory_in_use(self.devices),
+            memory=peak_memory(self.devices),
             skipped=self.skipped,
         )
         self.summed, self.targets = 0.0, 0

@@ -19,7 +19,7 @@ from tbjax.planner.hardware import recognise
 from tbjax.planner.work import training_flops
 from tbjax.planner.workload import Workload
 from tbjax.training.batches import Shape
-from tbjax.training.step import Precision
+from tbjax.training.precision import Precision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def step_flops(config: ModelConfig, shape: Shape) -> float:
     return training_flops(config, Workload(global_batch=shape.rows, seq_len=shape.sequence), causal=True)
 
 
-def memory_in_use(devices: Any) -> int | None:
+def peak_memory(devices: Any) -> int | None:
     """The most bytes that one of this process's devices has held at once."""
     stats = [device.memory_stats() for device in devices if device.process_index == jax.process_index()]
     peaks = [found["peak_bytes_in_use"] for found in stats if found and "peak_bytes_in_use" in found]

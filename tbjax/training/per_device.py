@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from tbjax.model import Decoder
 from tbjax.sharding import Sharding
 from tbjax.training.compression import AXIS
-from tbjax.training.gradients import gradients_of, with_sharding
+from tbjax.training.gradients import check_rows, gradients_of, with_sharding
 from tbjax.training.optimizer import Parameters
 from tbjax.training.state import Batch
 
@@ -32,12 +32,7 @@ class PerDevice(NamedTuple):
 def gradients_per_device(model: Decoder, batch: Batch, *, microbatches: int, **options: Any) -> PerDevice:
     """As `gradients_of`, with the same options, but that gradients are those of the rows of each device along dp."""
     sharding = model.sharding
-    rows = microbatches * sharding.size("dp", "fsdp", "ep")
-    if batch.tokens.shape[0] % rows:
-        raise ValueError(
-            f"a batch of {batch.tokens.shape[0]} sequences does not divide over dp*fsdp*ep={rows // microbatches} "
-            f"devices in {microbatches} microbatches."
-        )
+    check_rows(batch, sharding, microbatches)
     targets = jnp.sum(batch.targets >= 0)
 
     def on_device(model: Decoder, batch: Batch, targets: jax.Array, scale: jax.Array | None) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from tbjax.training.config import TrainConfig
-from tbjax.training.step import TrainState
+from tbjax.training.state import TrainState
 
 log = logging.getLogger("tbjax")
 
@@ -41,7 +41,7 @@ class Profile:
         """Step `step` is about to be dispatched, from `state`."""
         if self.folder is None or step not in (self.first, self.last + 1):
             return
-        jax.block_until_ready(state.step)  # the steps before it do not belong to the trace, or do
+        jax.block_until_ready(state.step)  # what is under way belongs to the steps before
         if step == self.first:
             jax.profiler.start_trace(str(Path(self.folder).expanduser()))
             self.running = True

@@ -35,7 +35,7 @@ from tbjax.folders import in_first_process
 from tbjax.manifest import Verify
 from tbjax.model import Decoder
 from tbjax.sharding import by_path, with_arrays
-from tbjax.training.step import TrainState
+from tbjax.training.state import TrainState
 from tbjax.writing import Writing
 
 log = logging.getLogger("tbjax")

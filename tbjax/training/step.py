@@ -18,11 +18,9 @@ from tbjax.pipeline.training import StageRemat
 from tbjax.remat import Remat
 from tbjax.sharding import by_path, with_arrays
 from tbjax.training import compression as compressing
-from tbjax.training.gradients import gradients_of, loss_of, place_batch
-from tbjax.training.nonfinite import Nonfinite, find_nonfinite
+from tbjax.training.gradients import gradients_of, place_batch
 from tbjax.training.per_device import gradients_per_device
 from tbjax.training.precision import (
-    DTYPES,
     LossScaling,
     OnNonfinite,
     Precision,
@@ -33,35 +31,8 @@ from tbjax.training.precision import (
     scaling_of,
 )
 from tbjax.training.rules import Rule
-from tbjax.training.state import (
-    Batch,
-    Metrics,
-    TrainState,
-    abstract_batch,
-    abstract_state,
-    check_state,
-    init_state,
-    resumed,
-    trainable,
-)
+from tbjax.training.state import Batch, Metrics, TrainState, check_state, trainable
 from tbjax.training.update import Update, apply, check_offload, lay, norm_of
-
-__all__ = [
-    "DTYPES",
-    "Batch",
-    "Metrics",
-    "Nonfinite",
-    "Precision",
-    "TrainState",
-    "abstract_batch",
-    "abstract_state",
-    "find_nonfinite",
-    "gradients_of",
-    "init_state",
-    "loss_of",
-    "make_step",
-    "resumed",
-]
 
 
 def make_step(

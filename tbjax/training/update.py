@@ -14,7 +14,7 @@ before the step, and what the parts make of it is the same.
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from tbjax.model import Decoder
 from tbjax.sharding import Dims, Leaf, leaves, on_host, to_device
 from tbjax.training.optimizer import Layerwise, OnlyLayerwise, Parameters, place_state
+
+# What can lie in the host's memory between its uses.
+Offloaded: TypeAlias = Literal["optimizer", "parameters", "activations"]
 
 Result = TypeVar("Result")
 
@@ -39,10 +42,9 @@ class Update(NamedTuple):
 
 def check_offload(offload: Iterable[str], optimizer: optax.GradientTransformation) -> None:
     """Raise for what cannot be offloaded."""
-    known = ("optimizer", "parameters", "activations")
     for name in offload:
-        if name not in known:
-            raise ValueError(f"offload={name!r} is unknown: tbjax knows {', '.join(map(repr, known))}.")
+        if name not in get_args(Offloaded):
+            raise ValueError(f"offload={name!r} is unknown: tbjax knows {', '.join(map(repr, get_args(Offloaded)))}.")
     if {*offload} & {"optimizer", "parameters"} and not isinstance(optimizer, Layerwise):
         raise ValueError(
             f"offload={tuple(offload)}: what lies in the host's memory is updated layer by layer, and this optimizer "

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tbjax.training import IGNORED, Batch
-from tbjax.training.step import gradients_of
+from tbjax.training.gradients import gradients_of
 from tests.training.cases import batch, born, distance, on
 
 LAYERS = 4

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from tbjax.cli import app
 from tbjax.sharding import ShardingStrategy
-from tbjax.training import command, config, learning_rate, logs, optimizer, step
+from tbjax.training import command, config, learning_rate, logs, optimizer, precision
 from tbjax.training.saving import saved_steps
 from tests import tiny
 
@@ -139,9 +139,9 @@ def test_what_is_not_understood_is_a_usage_error(arguments):
 def test_the_choices_are_the_trainers():
     assert get_args(command.Optimizer) == get_args(optimizer.Name)
     assert get_args(command.Schedule) == get_args(learning_rate.Schedule)
-    assert set(get_args(command.Precision)) == set(step.DTYPES)
+    assert set(get_args(command.Precision)) == set(precision.DTYPES)
     assert get_args(command.Strategy) == tuple(ShardingStrategy)
-    assert set(get_args(command.NotFinite)) == set(get_args(config.NotFinitePolicy))
+    assert set(get_args(command.NotFinite)) == set(get_args(precision.OnNonfinite))
     assert get_args(command.FailedSave) == get_args(config.FailedSavePolicy)
 
 

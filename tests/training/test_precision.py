@@ -155,7 +155,7 @@ def test_sums_in_float32_are_closer_to_those_of_one_device(name):
 
 
 def gradients(name, mesh, reduce_dtype):
-    from tbjax.training.step import gradients_of
+    from tbjax.training.gradients import gradients_of
 
     over_devices, over_microbatches = reduction("mixed", reduce_dtype)
 

@@ -6,7 +6,7 @@ import pytest
 
 from tbjax import LayerKind, ModelConfig, api, make_mesh
 from tbjax.training.gradients import loss_of
-from tbjax.training.step import Batch
+from tbjax.training.state import Batch
 
 LAYERS = 16
 CONFIG = ModelConfig(

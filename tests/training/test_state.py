@@ -6,7 +6,8 @@ import pytest
 
 import tbjax
 from tbjax.training.optimizer import make_optimizer
-from tbjax.training.step import abstract_batch, abstract_state, init_state, make_step
+from tbjax.training.state import abstract_batch, abstract_state, init_state
+from tbjax.training.step import make_step
 from tests import tiny
 
 CONFIG = tiny.our_config(tiny.BY_NAME["llama"])

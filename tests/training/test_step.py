@@ -12,7 +12,7 @@ from tbjax.mesh import make_mesh
 from tbjax.model import Decoder
 from tbjax.sharding import Sharding, ShardingStrategy, leaves
 from tbjax.training import IGNORED, Batch, abstract_batch, abstract_state, init_state, make_optimizer, make_step
-from tbjax.training.step import gradients_of
+from tbjax.training.gradients import gradients_of
 from tests import tiny
 
 ROWS, SEQUENCE, STEPS = 8, 16, 3

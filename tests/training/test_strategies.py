@@ -12,7 +12,7 @@ import pytest
 from tbjax.planner import hlo
 from tbjax.sharding import ShardingStrategy, leaves
 from tbjax.training import abstract_batch, abstract_state, init_state, make_optimizer, make_step
-from tbjax.training.step import gradients_of
+from tbjax.training.gradients import gradients_of
 from tests.training.cases import ROWS, SEQUENCE, batch, born, config, distance, on
 from tests.training.compiling import CONFIG, compiled, installed
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from tbjax.training.data.corpus import Corpus
 from tbjax.training.data.packing import Packing, Rows, pack
-from tbjax.training.step import Batch
+from tbjax.training.state import Batch
 
 AHEAD = 4  # batches that are read while the devices work
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from tbjax.training.data.corpus import Corpus
 from tbjax.training.loss import IGNORED
-from tbjax.training.step import Batch
+from tbjax.training.state import Batch
 
 Packing: TypeAlias = Literal["fit", "concat"] | None
 PADDING = 0  # the token of padding: any would do, nothing is learned from it and nothing attends to it

@@ -175,12 +175,13 @@ def disk(folder: Path, console: Console) -> None:
         ballast.unlink()
         freed = max(victim.steps)
         victim.wait_for(lambda: max(saved_steps(run)) > freed)
+        newest = max(saved_steps(run))
         victim.kill()
     said = next(line for line in victim.text.splitlines() if "could not be written" in line)
     console.print(f"full disk: the run said: {said[:160]}...")
     console.print(
-        f"full disk: checkpoints {whole} stayed {kept}; it went on, and saved step {max(kept)} to beyond {freed} when "
-        "there was room again."
+        f"full disk: checkpoints {whole} stayed ({kept}) while it went on; there was room at step {freed}, and step "
+        f"{newest} was saved."
     )
 
 

@@ -29,16 +29,17 @@ ROOT = Path(__file__).parent.parent
 MODEL: Mapping[str, Any] = {
     "model_type": "llama",
     "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 256,
     "dtype": "float32",
 }
 
-BATCH, LENGTH, SAVE_EVERY = 8, 32, 5
+# A step takes some tenths of a second, so that a host has time to join before the run has ended.
+BATCH, LENGTH, SAVE_EVERY = 8, 128, 5
 
 # A machine that is busy with other things may take minutes to start four workers.
 PATIENCE_SECONDS = 600.0
@@ -118,22 +119,23 @@ def kill_and_return(folder: Path, steps: int = 60) -> Outcome:
     changes = []
     with start("first") as first, contextlib.ExitStack() as others:
         second = others.enter_context(start("second"))
-        _wait(lambda: _steps(log) >= steps // 4, [first, second])
-        reached, lines = _steps(log), len(_records(log))
-        began = time.monotonic()
+        # Where the second host came late, the first one has begun alone.
+        _wait(lambda: _sessions(first)[-1:] == [4] and _steps(log) >= steps // 4, [first, second])
+        reached, lines, since = _steps(log), len(_records(log)), time.time()
         second.die()
         _wait(lambda: len(_records(log)) > lines and _steps(log) > reached, [first])
         again = [record["step"] for record in _records(log)[lines:]]
-        changes.append(_change("2 of 4 workers killed", began, again, reached))
+        changes.append(_change("2 of 4 workers killed", since, again, reached))
         _wait(lambda: _steps(log) >= steps // 2, [first])
-        began, sessions = time.monotonic(), _sessions(first)
+        sessions = _sessions(first)
         third = others.enter_context(start("third"))
         _wait(lambda: len(_sessions(first)) > len(sessions), [first, third])
-        reached, lines = _steps(log), len(_records(log))
+        # The last step before is the last that was written: none can be taken until all are there.
+        reached, lines, since = _steps(log), len(_records(log)), log.stat().st_mtime
         _wait(lambda: _steps(log) > reached, [first, third])
         again = [record["step"] for record in _records(log)[lines:]]
-        changes.append(_change("2 workers joined 2", began, again, reached))
-        _wait(lambda: first.process.poll() == 0 and third.process.poll() == 0, [first, third])
+        changes.append(_change("2 workers joined 2", since, again, reached))
+        _wait(lambda: first.process.poll() == 0 and third.process.poll() == 0, [first, third], ending=True)
         processes = _sessions(first)
     undisturbed = folder / "undisturbed.jsonl"
     alone = [sys.executable, "-m", "tbjax", *_training(folder, data, steps, "undisturbed"), "--mesh", "1,4,1"]
@@ -164,11 +166,11 @@ def cut_the_link(folder: Path, steps: int = 60) -> tuple[Change, tuple[str, str]
 
         with start(0) as near, start(1) as far:
             _wait(lambda: _steps(log) >= steps // 4, [near, far])
-            reached, lines, began = _steps(log), len(_records(log)), time.monotonic()
+            reached, lines, since = _steps(log), len(_records(log)), time.time()
             hosts[0].cut()
             _wait(lambda: len(_records(log)) > lines and _steps(log) > reached, [near])
-            change = _change("the link was cut", began, [r["step"] for r in _records(log)[lines:]], reached)
-            _wait(lambda: near.process.poll() == 0, [near])
+            change = _change("the link was cut", since, [r["step"] for r in _records(log)[lines:]], reached)
+            _wait(lambda: near.process.poll() == 0, [near], ending=True)
             _wait(lambda: _LOST in far.text, [])
             return change, (near.text, far.text)
 
@@ -249,7 +251,7 @@ def _prepare(folder: Path) -> Path:
 
     synthetic(folder / "model", dict(MODEL))
     data = folder / "tokens.npy"
-    drawn = np.random.default_rng(0).zipf(1.3, 1 << 16) % MODEL["vocab_size"]
+    drawn = np.random.default_rng(0).zipf(1.3, 1 << 18) % MODEL["vocab_size"]
     np.save(data, drawn.astype(np.int32))
     return data
 
@@ -294,9 +296,9 @@ def _sessions(agent: Agent, workers: int = 2) -> list[int]:
     return [int(count) for count in re.findall(r"tbjax: process \d+ of (\d+)", agent.text)][::workers]
 
 
-def _change(what: str, began: float, again: Sequence[int], reached: int) -> Change:
+def _change(what: str, since: float, again: Sequence[int], reached: int) -> Change:
     repeated = len({step for step in again if step <= reached})
-    return Change(what=what, seconds=time.monotonic() - began, repeated=repeated)
+    return Change(what=what, seconds=time.time() - since, repeated=repeated)
 
 
 def _data_at_end(run: Path) -> Any:
@@ -306,14 +308,14 @@ def _data_at_end(run: Path) -> Any:
         return saver.progress().data
 
 
-def _wait(done: Callable[[], bool], agents: Sequence[Agent]) -> None:
-    """Until something has come true, while the agents live."""
+def _wait(done: Callable[[], bool], agents: Sequence[Agent], *, ending: bool = False) -> None:
+    """Until something has come true, while the agents live, or end well where they are `ending`."""
     end = time.monotonic() + PATIENCE_SECONDS
     while not done():
         said = "\n".join(f"--- {agent.output.name}\n{agent.text[-4000:]}" for agent in agents)
         if time.monotonic() > end:
             raise TimeoutError(f"not so after {PATIENCE_SECONDS:.0f} s:\n{said}")
-        if any(agent.process.poll() not in (None, 0) for agent in agents):
+        if any(agent.process.poll() not in ((None, 0) if ending else (None,)) for agent in agents):
             raise RuntimeError(f"a host ended:\n{said}")
         time.sleep(0.02)
 

@@ -6,13 +6,13 @@ import pytest
 
 from benchmarks import elastic
 
-STEPS = 40
+STEPS = 32
 
 
 @pytest.mark.slow
 def test_a_host_dies_in_a_step_and_comes_back_and_the_losses_do_not_know(tmp_path):
     outcome = elastic.kill_and_return(tmp_path, STEPS)
-    assert outcome.processes == [4, 2, 4]
+    assert outcome.processes[-3:] == [4, 2, 4]
     assert list(outcome.undisturbed) == sorted(outcome.losses) == list(range(1, STEPS + 1))
     # Every step learned from the same sequences: two batches differ by more than the order of a sum does.
     losses = list(outcome.undisturbed.values())

@@ -141,7 +141,7 @@ def timing(console: Console) -> None:
     tokens = np.random.default_rng(0).integers(0, SMALL.vocab_size, (MICROBATCHES, SEQUENCE + 1)).astype(np.int32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
     contenders = {"none": runner(alone, batch, None), "plain": runner(sharding, batch, "plain")}
-    contenders |= {name: runner(sharding, batch, name) for name in ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")}
+    contenders |= {name: runner(sharding, batch, name) for name in ("1f1b", *SCHEDULES)}
     losses = {name: float(run()[0]) for name, run in contenders.items()}
     if not np.allclose([*losses.values()], losses["none"], rtol=1e-5):
         raise RuntimeError(f"these are not the same work: {losses}")

@@ -13,9 +13,11 @@ import pytest
 
 from tbjax.cut import cut
 from tbjax.model import Decoder
+from tbjax.pipeline.automatic import Automatic
 from tbjax.pipeline.execute import pipelined_hidden
 from tbjax.pipeline.grid import lay_out
 from tbjax.pipeline.schedule import ZBH1, ZBH2, ZBV, ForwardOnly, GPipe, Interleaved1F1B, OneFOneB
+from tbjax.pipeline.simulate import Times
 from tbjax.pipeline.stages import cut_for
 from tbjax.planner import hlo
 from tbjax.sharding import leaves
@@ -33,6 +35,9 @@ from tests.pipeline.models import (
     on,
 )
 
+# A schedule made for its times, in less memory than 1F1B's.
+MEASURED = Automatic(Times(forward=3, backward_input=2, backward_weight=1), memory=3)
+
 CASES = [
     ("dense", INSIDE, OneFOneB(), 4, "full"),
     ("dense", {"pp": 2, "dp": 2}, GPipe(), 4, "stage"),
@@ -48,6 +53,7 @@ CASES = [
             ("windows", {"pp": 2}, Interleaved1F1B(2), 4, "full"),
             ("odd heads", {"pp": 2, "tp": 2}, OneFOneB(), 4, "full"),
             ("experts", {"pp": 2, "ep": 2, "tp": 2}, ZBH1(), 4, "none"),
+            ("dense", {"pp": 4, "tp": 2}, MEASURED, 8, "full"),
         )
     ),
 ]
@@ -66,13 +72,13 @@ def test_loss_and_gradients_are_those_of_the_model_without_a_pipeline(case):
 @pytest.mark.parametrize(
     ("schedule", "laid"),
     [
-        (OneFOneB(), cut(8, 3, counts=(1, 5, 2))),
-        (ZBV(), cut_for(DENSE, ZBV(), 3)),  # born where it runs, so nothing is exchanged
+        (ZBV(), cut_for(DENSE, ZBV(), 3, (1, 3, 1, 1, 1, 1))),  # born where it runs, so nothing is exchanged
+        pytest.param(OneFOneB(), cut(8, 3, counts=(1, 5, 2)), marks=pytest.mark.slow),
         pytest.param(OneFOneB(), None, marks=pytest.mark.slow),  # 3, 3 and 2 layers, as the mesh has them by itself
         # Stored one way, run another.
         pytest.param(Interleaved1F1B(2), cut(8, 3, counts=(6, 1, 1)), marks=pytest.mark.slow),
     ],
-    ids=["asked-for", "in-place", "plain", "exchanged"],
+    ids=["in-place", "asked-for", "plain", "exchanged"],
 )
 def test_stages_may_have_different_numbers_of_layers(schedule, laid):
     microbatches = 3 if schedule.name == "interleaved" else 4
@@ -81,17 +87,17 @@ def test_stages_may_have_different_numbers_of_layers(schedule, laid):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "mixed"])
-def test_steps_of_training_are_the_same_steps(precision):
-    losses, model = train(on(INSIDE), precision)
-    wanted_losses, wanted = train(on({"dp": 1}), precision)
+# AdamW divides gradients by their size: what rounding makes of a small one, it makes large.
+@pytest.mark.parametrize(("precision", "optimizer"), [("float32", "sgd"), ("mixed", "adamw")])
+def test_steps_of_training_are_the_same_steps(precision, optimizer):
+    losses, model = train(on(INSIDE), precision, optimizer)
+    wanted_losses, wanted = train(on({"dp": 1}), precision, optimizer)
     tolerance = {"float32": 1e-5, "mixed": 2e-3}[precision]
     np.testing.assert_allclose(losses, wanted_losses, rtol=tolerance)
     assert wanted_losses[-1] < wanted_losses[0]  # it learns
     for leaf, a, b in zip(leaves(model), jax.tree.leaves(model), jax.tree.leaves(wanted), strict=True):
         assert a.sharding.is_equivalent_to(model.sharding.parameter(leaf.dims, a.shape), a.ndim), leaf.path
         assert a.dtype == b.dtype == jnp.float32
-        # AdamW divides gradients by their size: what bfloat16 rounds in a small one, it makes large.
         assert precision == "mixed" or distance(a, b) <= 1e-5, leaf.path
 
 
@@ -138,12 +144,12 @@ def test_in_a_tick_there_are_permutes_between_stages_and_what_the_task_takes(nam
     # A permute within a stage would make other stages wait, which do something else.
     [permutes] = [c for c in found.collectives if c.kind == "collective-permute"]
     assert permutes.axes == ("pp",)
-    # As many ticks as the schedule has, each with a transfer both ways: of the residual stream, and the experts' load.
-    assert permutes.count == 2 * lay_out(schedule, mesh["pp"], 4, saves=True).ticks * (4 if name == "experts" else 1)
     # Outside of the tasks' own loops a tick computes nothing: that would be done whether there is such a task or not.
     tick = body_of_the_ticks(text)
     assert "while(" in tick
     assert "dot(" not in tick
+    # There are as many ticks as the schedule has.
+    assert permutes.count == tick.count(" collective-permute(") * lay_out(schedule, mesh["pp"], 4, saves=True).ticks
 
 
 def body_of_the_ticks(text):
@@ -198,11 +204,11 @@ def test_layers_that_cannot_be_shared_out_so_are_refused(schedule, counts, says)
         cut_for(DENSE, schedule, 2, counts)
 
 
-def train(sharding, precision):
+def train(sharding, precision, optimizer):
     """The losses of three steps, and the model after them."""
     # The state takes the model's memory, so it gets a model of its own.
     model = jax.tree.map(jnp.copy, born("dense", sharding))
-    rule = make_optimizer("adamw", model, learning_rate=1e-2)
+    rule = make_optimizer(optimizer, model, learning_rate={"sgd": 0.5, "adamw": 1e-2}[optimizer])
     step = make_step(rule, precision=precision, microbatches=4)
     state, losses = init_state(model, rule), []
     for _ in range(3):

@@ -1,8 +1,6 @@
 """The planner's memory: what it says when one thing is changed, and the facts that it shares with the program."""
 
 import dataclasses
-import itertools
-import time
 
 import pytest
 from hypothesis import given
@@ -207,20 +205,3 @@ def test_parts_are_whole_bytes_that_sum_to_the_total(name: str, workload: Worklo
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="global_batch=60"):
         held(dataclasses.replace(TRAIN, global_batch=60))
-
-
-def test_thousands_of_layouts_are_priced_in_a_moment() -> None:
-    config = model("llama-3.1-405b")
-    workload = Workload(global_batch=4096, seq_len=8192)
-    degrees = (1, 2, 4, 8)
-    layouts = [
-        Layout(fsdp=fsdp, tp=tp, dp=dp, microbatches=parts, remat=remat)
-        for fsdp, tp, dp, parts, remat in itertools.product(
-            degrees, degrees, degrees, degrees, ("none", "dots", "full")
-        )
-    ]
-    memory(config, workload, layouts[0], H100)
-    start = time.process_time()
-    for layout in layouts:
-        memory(config, workload, layout, H100)
-    assert (time.process_time() - start) / len(layouts) < 500e-6  # 50 on a quiet machine

@@ -1,13 +1,16 @@
 """Names under which other libraries' documents know what tbjax does, thin, over the real API.
 
 A snippet from there runs with its import line changed, on a model of ours. Names are imported when first asked for.
+PyTorch's own modules stand here by their last names: `torch` (with `cuda`, `optim` and `distributed` in it),
+`distributed` and `checkpoint`.
 """
 
 import importlib
 from typing import Any
 
 _HOMES = {
-    "auto": ("AutoModelForCausalLM", "init_device_mesh"),
+    "auto": ("AutoModelForCausalLM", "NeMoAutoModelForCausalLM", "init_device_mesh"),
+    "checkpoint": ("FileSystemReader", "FileSystemWriter"),
     "hosts": ("MultiNodeTrainingManager",),
     "zero": ("DeepSpeedSettings", "deepspeed"),
     "models": (
@@ -37,6 +40,14 @@ _HOMES = {
         "SelectiveGradientCheckpointing",
         "ShardPlan",
         "ShardingStrategy",
+    ),
+    "wrapped": (
+        "CPUOffload",
+        "DistributedDataParallel",
+        "FullyShardedDataParallel",
+        "MixedPrecision",
+        "apply_activation_checkpointing",
+        "checkpoint_wrapper",
     ),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from tbjax import api
 from tbjax.api import CausalLM
+from tbjax.compat.devices import check_backend, check_kind
 from tbjax.compat.training import with_defaults
 from tbjax.mesh import AXES, make_mesh
 from tbjax.training.config import Defaults
@@ -25,10 +26,6 @@ from tbjax.training.config import Defaults
 MESH_AXES = {"dp_replicate": "dp", "dp_shard": "fsdp", **{axis: axis for axis in AXES}}
 
 SIZES = {"tp_size": "tp", "cp_size": "cp", "pp_size": "pp", "dp_size": "fsdp"}
-
-# How PyTorch's processes would talk. XLA talks by NCCL between NVIDIA GPUs, over ICI between TPUs and by Gloo between
-# CPU hosts, whichever is named.
-BACKENDS = ("nccl", "gloo", "rccl", "xla")
 
 
 class AutoModelForCausalLM:
@@ -69,15 +66,19 @@ class AutoModelForCausalLM:
         return model
 
 
+NeMoAutoModelForCausalLM = AutoModelForCausalLM
+
+
 def init_device_mesh(
     device_type: str, mesh_shape: Sequence[int], *, mesh_dim_names: Sequence[str] | None = None
 ) -> Mesh:
     """A mesh over the first devices of this machine, as many as the shape has, with axes by PyTorch's or our names.
 
-    `device_type` is what the caller expects; of what kind the devices are is JAX's to say.
+    `device_type` is "cuda" on GPUs, "xla" on TPUs; CPU devices stand in for either.
     """
-    if not isinstance(device_type, str) or not device_type:
-        raise ValueError(f"device_type={device_type!r}: a text such as 'cuda' is needed.")
+    if not isinstance(device_type, str):
+        raise TypeError(f"device_type={device_type!r}: a text such as 'cuda' is needed.")
+    check_kind(device_type, "device_type")
     if mesh_dim_names is None or len(mesh_dim_names) != len(mesh_shape):
         raise ValueError(f"mesh_dim_names={mesh_dim_names!r} must name the {len(mesh_shape)} axes of {mesh_shape}.")
     count = math.prod(mesh_shape)
@@ -90,9 +91,7 @@ def _read(distributed: Mapping[str, Any]) -> tuple[Mesh, dict[str, Any], str | N
     """The mesh, the options of `load`, and what is run again in the backward pass."""
     given = dict(distributed)
     sizes = {axis: given.pop(name, None) for name, axis in SIZES.items()}
-    backend = given.pop("backend", None)
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"distributed['backend']={backend!r} is unknown: it is one of {', '.join(BACKENDS)}.")
+    check_backend(given.pop("backend", None), "distributed['backend']")
     if given.pop("use_hf_tp_plan", False):
         raise ValueError("distributed['use_hf_tp_plan']: tbjax cuts layers by its own plan, the same for every family.")
     sequence_parallel = bool(given.pop("sequence_parallel", False))
@@ -116,7 +115,8 @@ def _mesh(device_mesh: Any) -> Mesh:
         raise ValueError(
             f"device_mesh={device_mesh!r}: a jax.sharding.Mesh, or a DeviceMesh with named axes, is needed."
         )
-    return init_device_mesh("any", tuple(shape), mesh_dim_names=names)
+    kind = getattr(device_mesh, "device_type", "cpu")
+    return init_device_mesh(kind, tuple(shape), mesh_dim_names=names)
 
 
 def _axes(names: Sequence[str], shape: Sequence[int]) -> dict[str, int]:

@@ -197,15 +197,25 @@ def apply_tensor_parallelism(model: CausalLM, config: TensorParallelConfig) -> C
 class ColumnParallelLinear(layers.ColumnParallelLinear):
     """`tbjax.layers.ColumnParallelLinear`, whose mesh a TensorParallelConfig may stand for."""
 
-    def __init__(self, in_features: int, out_features: int, config: Any = None, **options: Any) -> None:
-        super().__init__(in_features, out_features, _mesh(config), **options)
+    def __init__(
+        self, in_features: int, out_features: int, config: Any = None, *, gather_output: bool = True, **options: Any
+    ) -> None:
+        super().__init__(in_features, out_features, _mesh(config), gather_output=gather_output, **options)
 
 
 class RowParallelLinear(layers.RowParallelLinear):
     """`tbjax.layers.RowParallelLinear`, whose mesh a TensorParallelConfig may stand for."""
 
-    def __init__(self, in_features: int, out_features: int, config: Any = None, **options: Any) -> None:
-        super().__init__(in_features, out_features, _mesh(config), **options)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: Any = None,
+        *,
+        input_is_parallel: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, _mesh(config), input_is_parallel=input_is_parallel, **options)
 
 
 class TensorParallelEmbedding(layers.TensorParallelEmbedding):

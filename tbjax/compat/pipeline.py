@@ -14,7 +14,6 @@ microbatch, and the microbatch too if it has a second parameter.
 import dataclasses
 import functools
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tbjax import rows
+from tbjax.compat.devices import device as device_of
 from tbjax.config import Group
 from tbjax.cut import cut
 from tbjax.mesh import make_mesh
@@ -68,7 +68,7 @@ class PipelineStage:
     def __post_init__(self) -> None:
         if not isinstance(self.layers, Layers) or not self.layers or self.layers.numbers.step != 1:
             raise ValueError(f"PipelineStage.layers={self.layers!r}: a slice of `model.layers` without gaps is needed.")
-        object.__setattr__(self, "device", _device(self.device))
+        object.__setattr__(self, "device", device_of(self.device))
 
 
 def create_pipeline_stages(model: Decoder, config: PipelineParallelConfig) -> list[PipelineStage]:
@@ -221,14 +221,3 @@ def _group(model: Decoder) -> Group:
             "the other: a pipeline cuts one."
         )
     return group
-
-
-def _device(device: Any) -> Any:
-    if not isinstance(device, str):
-        return device
-    number = re.fullmatch(r"[a-z]+(?::(\d+))?", device)
-    if number is None:
-        raise ValueError(f"device={device!r}: a device of JAX's, or a text such as 'cuda:1', is needed.")
-    if int(number[1] or 0) >= len(jax.devices()):
-        raise ValueError(f"device={device!r}: there are {len(jax.devices())} devices, numbered from 0.")
-    return jax.devices()[int(number[1] or 0)]

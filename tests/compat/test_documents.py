@@ -151,7 +151,7 @@ fsdp_manager = AdvancedFSDPManager(cpu_offload=True)
 # Of "Distributed API Examples".
 AUTOMATIC = """
 # Option 1: Using distributed dictionary (simpler)
-model = AutoModelForCausalLM.from_pretrained(
+model = NeMoAutoModelForCausalLM.from_pretrained(
     "meta-llama/Llama-3.1-8B",
     distributed={"tp_size": 2, "dp_size": 4},
 )
@@ -163,7 +163,7 @@ mesh = init_device_mesh(
     mesh_dim_names=("pp", "dp_replicate", "dp_shard", "cp", "tp")
 )
 
-two = AutoModelForCausalLM.from_pretrained(
+two = NeMoAutoModelForCausalLM.from_pretrained(
     "meta-llama/Llama-3.1-8B",
     device_mesh=mesh,
 )

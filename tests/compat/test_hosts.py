@@ -11,9 +11,17 @@ manager = MultiNodeTrainingManager()
 manager.setup(num_nodes=2, gpus_per_node=8)
 """
 
+# Its section "Debugging", which torchrun runs.
+RANKS = """
+dist.init_process_group('nccl')
+print(f'Rank {dist.get_rank()} of {dist.get_world_size()}')
+"""
+
 SCRIPT = f"""
-from tbjax.compat import MultiNodeTrainingManager
+from tbjax.compat import MultiNodeTrainingManager, distributed as dist
 {SNIPPET}
+{RANKS}
+dist.barrier()
 print(manager.hosts)
 try:
     manager.setup(num_nodes=4, gpus_per_node=8)
@@ -25,6 +33,7 @@ except ValueError as error:
 def test_the_snippet_holds_for_the_machine_that_it_describes():
     for index, output in enumerate(processes.run(SCRIPT, count=2, devices=8)):
         found, contradiction = (line for line in output.splitlines() if "devices" in line)
+        assert f"Rank {index} of 2\n" in output
         assert found.startswith(f"process {index} of 2")
         assert "8 of 16 devices" in found
         assert "setup(num_nodes=4, gpus_per_node=8), but this job has 16 cpu devices on 2 hosts." in contradiction

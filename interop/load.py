@@ -20,19 +20,24 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from interop.bindings import Binding, bindings, check_checkpoint, source_shapes
 from interop.copying import BLOCK_BYTES, UNSIGNED
 from interop.destinations import Destination, DeviceDestination, HostDestination, Job
 from interop.families import Family
+from interop.quantized import Scale, Values, scale_binding
 from interop.readers.base import Checkpoint, CheckpointError, SourceTensor
 from tbjax.config import ModelConfig
+from tbjax.quantize.convert import weights as quantized_weights
+from tbjax.quantize.rules import Encoding
+from tbjax.quantize.weight import SCALE, VALUES
 from tbjax.sharding import leaves
 
 # Enough to keep many reads in flight on slow storage, little beside what a host with accelerators has.
@@ -82,7 +87,8 @@ def load_parameters(
     place = {name: number for number, name in enumerate(checkpoint)}
     in_file_order = sorted(bound, key=lambda binding: place[binding.source])
     jobs = [job for copy, original in copies for job in _comparisons(checkpoint[copy], checkpoint[original])]
-    jobs += [job for binding in in_file_order for job in _jobs(binding, destinations, checkpoint)]
+    encodings = {path: weight.encoding for path, weight in quantized_weights(abstract).items()}
+    jobs += [job for binding in in_file_order for job in _jobs(binding, destinations, checkpoint, encodings)]
     total = sum(job.reads for job in jobs)
     with _bar(total, wanted=progress is not False) as advance:
         _run(jobs, threads or _usable_cores(), budget, advance)
@@ -124,6 +130,8 @@ def _destinations(abstract: Any, config: ModelConfig, staged: bool | None, budge
         if dims[:1] == ("layers",):  # a pipeline's stages may have rows to spare
             padded |= struct.shape[0] != config.groups[int(path.split(".")[1])].repeats
         on_device = any(d.platform != "cpu" for d in struct.sharding.device_set) if staged is None else staged
+        # What is narrower on a device than numpy can have it is not put together in the host's memory.
+        on_device |= struct.dtype == jnp.int4
         if on_device:
             found[path] = DeviceDestination(struct, budget=budget)
         else:
@@ -131,8 +139,18 @@ def _destinations(abstract: Any, config: ModelConfig, staged: bool | None, budge
     return found
 
 
-def _jobs(binding: Binding, destinations: dict[str, Destination], checkpoint: Checkpoint) -> Iterator[Job]:
-    return destinations[binding.path].jobs(binding, checkpoint[binding.source])
+def _jobs(
+    binding: Binding,
+    destinations: dict[str, Destination],
+    checkpoint: Checkpoint,
+    encodings: Mapping[str, Encoding],
+) -> Iterator[Job]:
+    source, encoding = checkpoint[binding.source], encodings.get(binding.path)
+    if encoding is None:
+        yield from destinations[binding.path].jobs(binding, source)
+        return
+    yield from destinations[f"{binding.path}.{VALUES}"].jobs(binding, Values(source, encoding))
+    yield from destinations[f"{binding.path}.{SCALE}"].jobs(scale_binding(binding, encoding), Scale(source, encoding))
 
 
 def _run(jobs: Iterable[Job], threads: int, budget: int, advance: Callable[[int], None]) -> None:

@@ -37,9 +37,11 @@ from tbjax.pipeline.stages import cut_for
 from tbjax.planner import words
 from tbjax.planner.plan import Plan
 from tbjax.planning import plan as plan  # part of the face
-from tbjax.planning import settings_of
+from tbjax.planning import quantization_of, settings_of
 from tbjax.prompts import Prompt
-from tbjax.sharding import ContextMethod, Sharding, ShardingStrategy
+from tbjax.quantize import Recipe, convert, recipe
+from tbjax.quantize.rules import Quantization
+from tbjax.sharding import ContextMethod, Sharding, ShardingStrategy, by_path, with_arrays
 
 if TYPE_CHECKING:
     from tbjax.pages.shardings import ShardingMap
@@ -74,7 +76,8 @@ class Origin:
 class CausalLM(Decoder):
     """A `Decoder` with its tokenizer and its Hugging Face config: what `tbjax.load` gives.
 
-    `plan` is the one that it was laid out by, if any; `training_defaults` may say how it is to be trained.
+    `plan` is the one that it was laid out by, if any; `training_defaults` may say how it is to be trained;
+    `quantization` are the rules by which its weights are quantised (`tbjax.quantize`).
     """
 
     def __init__(
@@ -85,12 +88,14 @@ class CausalLM(Decoder):
         origin: Origin | None = None,
         plan: Plan | None = None,
         training_defaults: "Defaults | None" = None,
+        quantization: Recipe | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(config, mesh, **settings)
         self.origin = origin
         self.plan = plan
         self.training_defaults = training_defaults
+        self.quantization = quantization
 
     @property
     def tokenizer(self) -> Any:
@@ -164,12 +169,23 @@ class CausalLM(Decoder):
             sharding = self.sharding.strategy if sharding is None else sharding
             sequence_parallel = self.sharding.sequence_parallel if sequence_parallel is None else sequence_parallel
         layout = {"sharding": sharding, "sequence_parallel": sequence_parallel, "scan": self.scan}
-        layout["context"] = self.sharding.context
+        layout |= {"context": self.sharding.context, "quantization": self.quantization}
         there = abstract(self.config, mesh, dtype=self.dtype, origin=self.origin, **layout)
         copy = rows.filled(there, self)
         if not isinstance(mesh, Plan):
             copy.training_defaults = self.training_defaults
         return copy
+
+    def dequantized(self, dtype: Any = None) -> "CausalLM":
+        """A copy whose quantised weights are in full again, in `dtype` (default: that of the others).
+
+        It can be trained and exported. What quantising has rounded off is not in it.
+        """
+        made = {"dtype": self.dtype if dtype is None else dtype, "origin": self.origin, "scan": self.scan}
+        there = _laid_out(self.config, self.sharding, plan=None, training_defaults=self.training_defaults, **made)
+        full = functools.partial(_in_full, dtype=there.dtype)
+        arrays = jax.jit(full, out_shardings={path: a.sharding for path, a in by_path(there).items()})(self)
+        return with_arrays(there, arrays)
 
     def show_sharding(self) -> "ShardingMap":
         """Where each parameter lies: print it, end a notebook's cell with it, or write it with `.to_html(path)`."""
@@ -222,6 +238,10 @@ class CausalLM(Decoder):
         return {**_present(self.origin.config, "eos_token_id"), **of_file}
 
 
+def _in_full(model: CausalLM, dtype: Any) -> dict[str, jax.Array]:
+    return {path: array.astype(dtype) for path, array in by_path(convert.dequantized(model, dtype)).items()}
+
+
 @jax.jit
 def _forward(model: Decoder, tokens: jax.Array, attention_mask: Any, positions: Any, segments: Any) -> jax.Array:
     if inference.runs_in_stages(model):
@@ -234,6 +254,7 @@ def load(
     mesh: MeshSpec = None,
     *,
     dtype: Any = None,
+    quantization: Quantization | None = None,
     revision: str | None = None,
     sharding: ShardingStrategy | str | None = None,
     sequence_parallel: bool | None = None,
@@ -254,6 +275,10 @@ def load(
     its own devices hold, with at most `budget` bytes of host memory in flight. `verify` says how closely the files of a
     checkpoint of ours are held against its manifest: "full", "sizes" or "none".
 
+    `quantization` keeps weights in fewer bits, for a model that only serves: "int8", "int4", or rules of your own
+    (`tbjax.quantize`). Each slice is quantised on its way from the file to its device, so nothing ever holds the model
+    in full. A plan says it too.
+
     With pp, layers lie in order and as equally many on each stage as can be, unless `schedule` (a name such as "zb-v",
     or a `tbjax.pipeline` schedule) says by which they will be trained, or `stage_layers` how many there are to be in
     each piece of the model.
@@ -264,6 +289,7 @@ def load(
         "schedule": schedule,
         "stage_layers": stage_layers,
         "scan": scan,
+        "quantization": quantization,
     }
     if checkpoint.is_checkpoint(name_or_path):
         about = checkpoint.read_about(name_or_path, verify=verify)
@@ -289,6 +315,7 @@ def from_config(
     *,
     seed: int = 0,
     dtype: Any = None,
+    quantization: Quantization | None = None,
     sharding: ShardingStrategy | str | None = None,
     sequence_parallel: bool | None = None,
     schedule: Schedule | str | None = None,
@@ -311,11 +338,17 @@ def from_config(
         "scan": scan,
         "dtype": dtype,
         "origin": origin,
+        "quantization": quantization,
     }
     model = abstract(config, mesh, **settings)
-    about = {"origin": origin, "plan": model.plan, "training_defaults": model.training_defaults}
-    make = functools.partial(CausalLM, config, model.sharding, dtype=model.dtype, scan=scan, **about)
-    born = jax.jit(lambda key: make(key=key), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, model))
+    rules = model.quantization
+    about = {"plan": model.plan, "training_defaults": model.training_defaults, "quantization": rules}
+    make = functools.partial(CausalLM, config, model.sharding, dtype=model.dtype, scan=scan, origin=origin, **about)
+    full = lambda key: make(key=key)  # noqa: E731
+    born = jax.jit(
+        lambda key: convert.quantized(full(key), rules, model.sharding),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, model),
+    )
     return born(jax.random.key(seed))
 
 
@@ -324,6 +357,7 @@ def abstract(
     mesh: MeshSpec = None,
     *,
     dtype: Any = None,
+    quantization: Quantization | None = None,
     origin: Origin | None = None,
     sharding: ShardingStrategy | str | None = None,
     sequence_parallel: bool | None = None,
@@ -337,6 +371,7 @@ def abstract(
     plan = mesh if isinstance(mesh, Plan) else None
     if plan:
         sharding, sequence_parallel = settings_of(plan, config, sharding, sequence_parallel)
+        quantization = quantization_of(plan, quantization)
         if plan.workload.training and plan.layout.pp > 1:
             planned = named(plan.layout.schedule, plan.layout.chunks)
             if stage_layers is not None or schedule not in (None, planned, planned.name):
@@ -352,13 +387,18 @@ def abstract(
         run_by = named(schedule) if isinstance(schedule, str) else schedule
         layout = dataclasses.replace(layout, cut=cut_for(config, run_by, layout.size("pp"), stage_layers))
         defaults = _trained_by(run_by)
-    about = {"origin": origin, "plan": plan, "training_defaults": defaults}
-    make = functools.partial(CausalLM, config, layout, dtype=dtype, scan=scan, **about)
-    with shapes_only():
-        model = layout.place(jax.eval_shape(make))
+    about = {"origin": origin, "plan": plan, "training_defaults": defaults, "quantization": recipe(quantization)}
+    model = _laid_out(config, layout, dtype=dtype, scan=scan, **about)
     for path, axes in layout.uncut(model).items():
         log.warning("%s is not cut by %s: every device along it holds a copy.", path, " and ".join(axes))
     return model
+
+
+def _laid_out(config: ModelConfig, layout: Sharding, quantization: Recipe | None = None, **settings: Any) -> CausalLM:
+    """An abstract model, on its mesh."""
+    make = functools.partial(CausalLM, config, layout, quantization=quantization, **settings)
+    with shapes_only():
+        return layout.place(convert.quantized(jax.eval_shape(make), quantization, layout))
 
 
 def _trained_by(schedule: Schedule | None) -> "Defaults | None":

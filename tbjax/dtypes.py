@@ -1,5 +1,7 @@
 """The numbers that weights are kept in, and what is lost between them."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,6 +24,12 @@ def float_dtype(dtype: Any, argument: str = "dtype") -> np.dtype:
         more = "" if WIDE in known else f" (and {WIDE}, where jax_enable_x64 is on)"
         raise ValueError(f"{argument}={dtype!r} is not supported: dtype can be {', '.join(known)}{more}.")
     return found
+
+
+def nbytes(shape: Sequence[int], dtype: Any) -> int:
+    """The bytes of an array on a device: accelerators keep two 4-bit integers in one, which numpy does not count."""
+    bits = jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * np.dtype(dtype).itemsize
+    return -(-math.prod(shape) * bits // 8)
 
 
 def narrows(source: Any, target: Any) -> bool:

@@ -4,7 +4,6 @@ Works on a model and on an abstract one, on a mesh of devices and on one that ex
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from tbjax.dtypes import nbytes
 from tbjax.sharding import Dims, axes_of, leaves
 
 
@@ -38,7 +38,7 @@ class Placement:
 def placements(model: nnx.Module) -> Iterator[Placement]:
     """The parameters of a sharded or abstract model, in tree order."""
     for leaf, array in zip(leaves(model), jax.tree.leaves(model), strict=True):
-        shape, sharding, itemsize = tuple(array.shape), array.sharding, array.dtype.itemsize
+        shape, sharding = tuple(array.shape), array.sharding
         spec = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
         yield Placement(
             path=leaf.path,
@@ -46,8 +46,8 @@ def placements(model: nnx.Module) -> Iterator[Placement]:
             dtype=array.dtype.name,
             dims=leaf.dims,
             axes=tuple(map(axes_of, spec)),
-            nbytes=math.prod(shape) * itemsize,
-            nbytes_per_device=math.prod(sharding.shard_shape(shape)) * itemsize,
+            nbytes=nbytes(shape, array.dtype),
+            nbytes_per_device=nbytes(sharding.shard_shape(shape), array.dtype),
         )
 
 
@@ -71,7 +71,7 @@ def bytes_held(model: nnx.Module) -> dict[Any, int]:
     held: dict[Any, int] = {}
     for array in jax.tree.leaves(model):
         for shard in array.addressable_shards:
-            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+            held[shard.device] = held.get(shard.device, 0) + nbytes(shard.data.shape, shard.data.dtype)
     return held
 
 

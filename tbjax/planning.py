@@ -216,3 +216,14 @@ def settings_of(
             f"sequence_parallel={sequence_parallel}."
         )
     return layout.strategy, layout.sequence_parallel
+
+
+def quantization_of(plan: Plan, quantization: Any) -> Any:
+    """The quantization that a plan asks for. Raises where it was overruled: a plan is run as it is."""
+    planned = plan.workload.quantization
+    if quantization not in (None, planned):
+        raise ValueError(
+            f"quantization={quantization!r}, but the plan has {planned!r}: plan with it "
+            "(task='inference', quantization='int8' or 'int4'), or give the plan's mesh alone (mesh=plan.mesh)."
+        )
+    return planned

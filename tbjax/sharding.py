@@ -25,6 +25,8 @@ from tbjax import mesh as meshes
 from tbjax import weights
 from tbjax.cut import Cut
 from tbjax.cut import cut as cut_over
+from tbjax.quantize.weight import QuantizedWeight
+from tbjax.quantize.weight import matmul as quantized_matmul
 
 # A dimension is cut by its first axis, or the request raises; by the further ones only where another dimension does
 # not hold them. So `embed` is cut by ep as well, except in expert weights, where `experts` has it.
@@ -105,7 +107,16 @@ def is_variable(node: Any) -> bool:
 
 def leaves(module: Any) -> Iterator[Leaf]:
     """The parameters of a module in tree order. In a stack they have one dimension more than they name: the layers."""
-    for path, variable in jax.tree_util.tree_flatten_with_path(module, is_leaf=is_variable)[0]:
+    return _leaves(module, is_variable)
+
+
+def whole_leaves(module: Any) -> Iterator[Leaf]:
+    """As `leaves`, but a quantised weight is one, in the shape that it has in full."""
+    return _leaves(module, lambda node: is_variable(node) or isinstance(node, QuantizedWeight))
+
+
+def _leaves(module: Any, is_leaf: Callable[[Any], bool]) -> Iterator[Leaf]:
+    for path, variable in jax.tree_util.tree_flatten_with_path(module, is_leaf=is_leaf)[0]:
         dims = tuple(variable.dims)
         stacked = len(variable.shape) > len(dims)
         yield Leaf(
@@ -227,15 +238,42 @@ class Sharding:
         """Whether gradients of weights that are used in `dtype` are summed over devices in a wider one."""
         return self.reduce_dtype is not None and jnp.dtype(self.reduce_dtype).itemsize > jnp.dtype(dtype).itemsize
 
-    def project(self, x: jax.Array, weight: nnx.Variable) -> jax.Array:
+    def parts(self, weight: QuantizedWeight, *, stationary: bool = False) -> tuple[jax.Array, jax.Array]:
+        """The integers and the scales of a quantised weight, gathered as by `use`; `stationary`: as they are stored.
+
+        Where the inputs are cut within a group, each device gets the scale of every weight that it has.
+        """
+        found = []
+        for variable in (weight.values, weight.scale):
+            value, dims = variable[...], tuple(variable.dims)
+            stored, used = (self.parameter(dims, value.shape, cut=cut).spec for cut in (None, False))
+            if not stationary and used != stored:
+                value = weights.gathered_integers(value, self, used, stored)
+            found.append(value)
+        values, scale = found
+        spec = self.parameter(weight.dims, values.shape, cut=None if stationary else False).spec
+        through = self.size(*axes_of(spec[1])) > 1 and weight.scale.dims[1] is None
+        if through and scale.shape[1] > 1:
+            scale = self.lay(jnp.repeat(scale, values.shape[1] // scale.shape[1], axis=1), spec)
+        return values, scale
+
+    def project(self, x: jax.Array, weight: nnx.Variable | QuantizedWeight) -> jax.Array:
         """x Wᵀ for a weight [out, in] and x [..., in], moving whichever of the two is smaller."""
         rows, (features_out, features_in) = math.prod(x.shape[:-1]), weight.shape
-        if rows * (features_in + features_out) > STATIONARY_SHARE * features_in * features_out:
+        moved, kept = rows * (features_in + features_out), features_in * features_out
+        if isinstance(weight, QuantizedWeight):
+            kept *= weight.encoding.bits / (8 * x.dtype.itemsize)
+        if moved > STATIONARY_SHARE * kept:
+            if isinstance(weight, QuantizedWeight):
+                return quantized_matmul(x, *self.parts(weight))
             matmul = weights.matmul_summed_wide if self.sums_wide(x.dtype) else weights.matmul
             return matmul(x, self.use(weight, x.dtype))
         leading = leading_dims(x)
         x = self.lay(x, self.activation((*leading, weight.dims[1]), x.shape, STATIONARY_AXES))
-        y = weights.matmul(x, weight[...].astype(x.dtype))
+        if isinstance(weight, QuantizedWeight):
+            y = quantized_matmul(x, *self.parts(weight, stationary=True))
+        else:
+            y = weights.matmul(x, weight[...].astype(x.dtype))
         return self.lay(y, self.activation((*leading, weight.dims[0]), y.shape, STATIONARY_AXES))
 
     def lookup(self, tokens: jax.Array, table: nnx.Variable, dtype: Any = None) -> jax.Array:

@@ -53,6 +53,11 @@ def pinned(value: jax.Array, sharding: "Sharding", spec: PartitionSpec) -> jax.A
 gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
+def gathered_integers(value: jax.Array, sharding: "Sharding", used: PartitionSpec, stored: PartitionSpec) -> jax.Array:
+    """As `gathered`, of what is quantised and has no gradient."""
+    return sharding.lay(pinned(value, sharding, stored), used)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def rounded(
     value: jax.Array, sharding: "Sharding", used: PartitionSpec, stored: PartitionSpec, dtype: str

@@ -25,6 +25,7 @@ from tbjax.mesh import make_mesh
 from tbjax.planner import estimates
 from tbjax.planner.hardware import cluster
 from tbjax.planning import model_config
+from tbjax.quantize import RULES
 from tbjax.sharding import Sharding
 from tbjax.training.config import Defaults
 
@@ -72,10 +73,8 @@ class DistributedConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a positive integer.")
-        if self.quantization != "none":
-            raise NotImplementedError(
-                f"quantization={self.quantization!r}: tbjax plans quantised weights but does not load any yet."
-            )
+        if self.quantization not in ("none", *RULES):
+            raise ValueError(f"quantization={self.quantization!r} is unknown: 'none', 'int8' and 'int4' are known.")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -112,6 +111,11 @@ class DistributedLLMOptimizer:
         self.devices = first_devices(num_gpus)
 
     @property
+    def quantization_or_none(self) -> Any:
+        """As tbjax has it, which says None for "none"."""
+        return None if self.config.quantization == "none" else self.config.quantization
+
+    @property
     def mesh(self) -> Mesh:
         """The mesh that the model will lie on."""
         asked, count = self.config.sizes, len(self.devices)
@@ -123,12 +127,14 @@ class DistributedLLMOptimizer:
         where = cluster("auto")
         if count != where.devices:
             where = cluster(f"{where.hardware.name}:{count}")
-        plan = api.plan(self.model_name, where, task="inference", mesh=asked or None, runnable=True)
+        wanted: dict[str, Any] = {"mesh": asked or None, "quantization": self.quantization_or_none}
+        plan = api.plan(self.model_name, where, task="inference", runnable=True, **wanted)
         return make_mesh(plan.mesh, self.devices)
 
     def load_model(self) -> CausalLM:
         """The model."""
-        model = api.load(self.model_name, mesh=self.mesh, sequence_parallel=self.config.sequence_parallel)
+        layout = {"mesh": self.mesh, "sequence_parallel": self.config.sequence_parallel}
+        model = api.load(self.model_name, **layout, quantization=self.quantization_or_none)
         if self.config.enable_gradient_checkpointing:
             with_defaults(model, Defaults(remat="full"))
         return model

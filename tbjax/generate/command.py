@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from interop.convert import Dtype, asking_about_pickles
+from tbjax.quantize.rules import Kind
 from tbjax.terminal import join_hosts, parse_mesh, readable_errors
 
 _SAMPLING, _OUTPUT = "Sampling", "Output"
@@ -78,6 +79,7 @@ def generate(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=_OUTPUT, help="No progress line.")] = False,
     dtype: Annotated[Dtype | None, typer.Option(help="Convert the weights; else they are as config.json says.")] = None,
+    quantization: Annotated[Kind | None, typer.Option(help="Keep the weights in 8 or 4 bits.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="Read PyTorch's .bin without asking. No code in it is run.")
@@ -114,6 +116,7 @@ def generate(
         import tbjax
 
         loading: dict[str, Any] = {"dtype": dtype, "revision": revision, "progress": not quiet}
+        loading["quantization"] = quantization
         loaded = asking_about_pickles(
             lambda trusted: tbjax.load(model, shape, trust_pickle=trusted, **loading), trust_pickle
         )

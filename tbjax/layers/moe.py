@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from tbjax.config import ModelConfig
 from tbjax.layers.linear import parameter
 from tbjax.layers.mlp import ACTIVATIONS
+from tbjax.quantize.weight import QuantizedWeight, ragged_matmul
 from tbjax.sharding import Sharding
 
 
@@ -68,27 +69,34 @@ class MixtureOfExperts(nnx.Module):
 
     def __call__(self, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, RouterLoad]:
         weights, experts, load = self.router(x, valid)
-        gate, up, down = (self.sharding.use(w, x.dtype) for w in (self.gate, self.up, self.down))
+        gate, up, down = (self._used(w, x.dtype) for w in (self.gate, self.up, self.down))
         operands = (x, weights.astype(x.dtype), experts, gate, up, down)
         if self.sharding.mesh.size == 1:
             return self._experts(*operands, ep=None, gathers=False), load
         tokens = self.sharding.activation(("batch", "sequence", None), x.shape)
         inwards, outwards = PartitionSpec("ep", None, "tp"), PartitionSpec("ep", "tp", None)
+        specs = *(_specs(inwards, w) for w in (gate, up)), _specs(outwards, down)
         gathers = "ep" in jax.tree.leaves(tuple(tokens))
         run = self.sharding.per_device(
             lambda *args: self._experts(*args, ep="ep", gathers=gathers),
-            in_specs=(tokens, tokens, tokens, inwards, inwards, outwards),
+            in_specs=(tokens, tokens, tokens, *specs),
             out_specs=tokens,
         )
         return self.sharding.residual(run(*operands)), load
 
+    def _used(self, weight: Any, dtype: Any) -> Any:
+        """An array; or two, integers and scales, where the weight is quantised."""
+        if isinstance(weight, QuantizedWeight):
+            return self.sharding.parts(weight)
+        return self.sharding.use(weight, dtype)
+
     def _experts(self, x, weights, experts, gate, up, down, *, ep: str | None, gathers: bool) -> jax.Array:
         """What the experts of this device make of its tokens (and, over ep, of its peers')."""
         # Cast here: what is cut out of this function for a device has its gradient summed over the others as it came.
-        gate, up, down = (a.astype(x.dtype) for a in (gate, up, down))
+        gate, up, down = (a if isinstance(a, tuple) else a.astype(x.dtype) for a in (gate, up, down))
         local_shape = x.shape
         x, weights, experts = (a.reshape(-1, a.shape[-1]) for a in (x, weights, experts))
-        held, first = gate.shape[0], 0
+        held, first = jax.tree.leaves(gate)[0].shape[0], 0
         if ep is not None:
             first = jax.lax.axis_index(ep) * held
             if gathers:
@@ -101,11 +109,23 @@ class MixtureOfExperts(nnx.Module):
         sizes = jnp.bincount(expert, length=held + 1)[:held].astype(jnp.int32)
         rows = x[order // chosen]
         activation = ACTIVATIONS[self.activation]
-        hidden = activation(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
-        rows = jax.lax.ragged_dot(hidden, down, sizes)
+
+        def product(rows: jax.Array, weight: Any) -> jax.Array:
+            if isinstance(weight, tuple):
+                return ragged_matmul(rows, *weight, sizes, expert[order])
+            return jax.lax.ragged_dot(rows, weight, sizes)
+
+        rows = product(activation(product(rows, gate)) * product(rows, up), down)
         rows = jnp.where((expert[order] < held)[:, None], rows * weights.reshape(-1)[order][:, None], 0)
         out = jnp.sum(rows[jnp.argsort(order)].reshape(-1, chosen, x.shape[-1]), axis=1)
         if ep is not None:
             out = jax.lax.psum(out, "tp")
             out = jax.lax.psum_scatter(out, ep, tiled=True) if gathers else jax.lax.psum(out, ep)
         return out.reshape(local_shape)
+
+
+def _specs(spec: PartitionSpec, weight: Any) -> Any:
+    """Where the parts of a weight [E, in, out] lie that is cut as `spec` says; one scale is of all inputs."""
+    if not isinstance(weight, tuple):
+        return spec
+    return spec, PartitionSpec(spec[0], None if weight[1].shape[1] == 1 else spec[1], spec[2])

@@ -32,6 +32,8 @@ from tbjax.planner.compilers import Compiler, gpu_target
 from tbjax.planner.hardware import Cluster
 from tbjax.planner.verify import Program
 from tbjax.planner.workload import Layout, Workload
+from tbjax.quantize import recipe
+from tbjax.quantize.convert import quantized
 from tbjax.sharding import Sharding
 from tbjax.training import abstract_batch, abstract_state, make_optimizer, make_step
 
@@ -77,10 +79,6 @@ def compile_case(case: Case) -> list[Program]:
 
 
 def _check(case: Case) -> None:
-    if case.workload.quantization:
-        raise NotImplementedError(
-            f"quantization={case.workload.quantization!r} is planned for, but no program does it yet: plan without it."
-        )
     if case.layout.cp > 1 and not case.workload.training:
         raise NotImplementedError(
             f"mesh axis 'cp' has size {case.layout.cp}, but no program generates text over it yet: cp=1, with those "
@@ -107,7 +105,8 @@ def _lower_step(case: Case, sharding: Sharding) -> Any:
 def _compile_inference(case: Case, sharding: Sharding) -> list[Program]:
     workload, config = case.workload, case.config
     dtype = jnp.float32 if workload.precision == "float32" else jnp.bfloat16
-    model = sharding.place(jax.eval_shape(lambda: Decoder(config, sharding, dtype=dtype)))
+    model = jax.eval_shape(lambda: Decoder(config, sharding, dtype=dtype))
+    model = sharding.place(quantized(model, recipe(workload.quantization), sharding))
     rows = workload.global_batch
 
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:

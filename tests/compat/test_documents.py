@@ -247,8 +247,8 @@ def test_sizes_that_the_machine_lacks_are_refused():
         run(HYBRID.replace("num_gpus=16", "num_gpus=8"))["optimizer"].mesh  # noqa: B018
     with pytest.raises(ValueError, match="strategy='magic' is unknown"):
         compat.DistributedConfig(strategy="magic")
-    with pytest.raises(NotImplementedError, match="quantization='int8'"):
-        compat.DistributedConfig(quantization="int8")
+    with pytest.raises(ValueError, match="quantization='int3' is unknown"):
+        compat.DistributedConfig(quantization="int3")
     with pytest.raises(ValueError, match="strategy: they are in the config"):
         compat.DistributedLLMOptimizer("any", compat.DistributedConfig(), strategy="fsdp")
 

@@ -139,8 +139,6 @@ def test_what_cannot_be_compiled_is_refused_before_or_by_the_process():
         verify(CONFIG, dataclasses.replace(TRAIN, global_batch=6), MIXED, "cpu:8")
     with pytest.raises(NotImplementedError, match="mesh axis 'cp' has size 2, but no program generates"):
         verify(CONFIG, SERVE, Layout(cp=2), "cpu:2")
-    with pytest.raises(NotImplementedError, match="quantization='int8' is planned for, but no program"):
-        verify(CONFIG, dataclasses.replace(SERVE, quantization="int8"), MIXED, "cpu:8")
     with pytest.raises(ValueError, match="depths has 9, but the model has 6 layers"):
         verify(CONFIG, TRAIN, MIXED, "cpu:8", depths=(2, 9))
 

@@ -8,9 +8,10 @@
 The source is a Hugging Face checkpoint (safetensors, PyTorch `.bin` or GGUF; a hub id, a folder or a file) or an Orbax
 checkpoint of ours. Weights go straight from the source's bytes into sharded arrays and from there to the destination,
 so that host memory stays bounded whatever the size; from a checkpoint of ours to safetensors they go tensor by tensor,
-and no device is needed. Exit codes: 0 done, 1 could not be done, 2 not understood.
+and no device is needed.
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +22,20 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from tbjax.terminal import join_hosts, parse_mesh, readable_errors, run
+from tbjax.terminal import (
+    Debug,
+    Json,
+    Mesh,
+    Quiet,
+    Revision,
+    TrustPickle,
+    join_hosts,
+    parse_mesh,
+    print_json,
+    readable_errors,
+    run,
+    working,
+)
 
 if TYPE_CHECKING:
     from tbjax.config import ModelConfig
@@ -53,20 +67,17 @@ def convert(
         Path | None, typer.Argument(metavar="DST", help="The folder to write; not needed with --dry-run.")
     ] = None,
     to: Annotated[Format, typer.Option(help="hf: safetensors, config, tokenizer. orbax: sharded arrays.")] = Format.HF,
-    mesh: Annotated[
-        str, typer.Option(help="dp,fsdp,tp (as 1,4,2) or axes by name (as ep=4,tp=2); auto: all devices on fsdp.")
-    ] = "auto",
+    mesh: Mesh = "auto",
     dtype: Annotated[Dtype | None, typer.Option(help="Convert the weights; else they are as config.json says.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
-    trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Read PyTorch's .bin without asking. No code in it is run.")
-    ] = False,
+    revision: Revision = None,
+    trust_pickle: TrustPickle = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would lie where; read or fetch no weights, write nothing.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Convert a checkpoint: Hugging Face to Orbax, Orbax to Hugging Face, .bin or GGUF to safetensors."""
     shape = parse_mesh(mesh)
@@ -74,14 +85,17 @@ def convert(
         raise typer.BadParameter("a destination is needed (or --dry-run).", param_hint="DST")
     with readable_errors(debug=debug):
         if dry_run:
-            asking_about_pickles(lambda trusted: _print_plan(source, shape, dtype, revision, trusted), trust_pickle)
+            asking_about_pickles(
+                lambda trusted: _print_plan(source, shape, dtype, revision, trusted, as_json=as_json), trust_pickle
+            )
         elif destination is not None:
             join_hosts(shape, quiet=quiet)  # before the first import of JAX
             _check_destination(source, destination, to, overwrite)
-            _convert(source, destination, to, shape, dtype, revision, trust_pickle, overwrite, quiet)
+            done = _convert(source, destination, to, shape, dtype, revision, trust_pickle, overwrite, quiet)
+            _report(done, as_json, quiet)
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(convert)
 
 
@@ -102,31 +116,53 @@ def _convert(
     trust_pickle: bool,
     overwrite: bool,
     quiet: bool,
-) -> None:
-    import jax
-
+) -> dict[str, Any]:
+    """What was done, in figures."""
     import tbjax
     from interop.export import export_checkpoint
-    from tbjax import checkpoint, placement
+    from tbjax import checkpoint
 
     began = time.perf_counter()
     if to is Format.HF and checkpoint.is_checkpoint(source):
-        written = export_checkpoint(source, destination, dtype=dtype, overwrite=overwrite)
+        with working(f"writing {destination}", quiet=quiet):
+            export_checkpoint(source, destination, dtype=dtype, overwrite=overwrite)
     else:
         options = {"dtype": dtype, "revision": revision, "progress": not quiet}
         model = asking_about_pickles(
             lambda trusted: tbjax.load(source, mesh, trust_pickle=trusted, **options), trust_pickle
         )
-        tbjax.save(model, destination, to.value, overwrite=overwrite)
-        written = sum(array.nbytes for array in jax.tree.leaves(model))
-    if not quiet and jax.process_index() == 0:
-        size = placement.readable(written)
-        Console(highlight=False, soft_wrap=True).print(
-            f"{source} -> {destination} ({to}): {size} in {time.perf_counter() - began:.1f} s"
+        with working(f"writing {destination}", quiet=quiet):
+            tbjax.save(model, destination, to.value, overwrite=overwrite)
+    seconds = time.perf_counter() - began
+    written = sum(file.stat().st_size for file in destination.rglob("*") if file.is_file())
+    return {
+        "source": source,
+        "destination": str(destination),
+        "format": to.value,
+        "bytes": written,
+        "seconds": round(seconds, 2),
+    }
+
+
+def _report(done: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    import jax
+
+    from tbjax import placement
+
+    if jax.process_index() != 0:
+        return
+    if as_json:
+        print_json(done)
+    elif not quiet:
+        Console(highlight=False, soft_wrap=True, markup=False).print(
+            f"{done['source']} -> {done['destination']} ({done['format']}): {placement.readable(done['bytes'])} in "
+            f"{done['seconds']:.1f} s"
         )
 
 
-def _print_plan(source: str, mesh: Any, dtype: str | None, revision: str | None, trust_pickle: bool) -> None:
+def _print_plan(
+    source: str, mesh: Any, dtype: str | None, revision: str | None, trust_pickle: bool, *, as_json: bool
+) -> None:
     """The table of what would lie where."""
     from tbjax import checkpoint, placement
     from tbjax.mesh import spell
@@ -136,6 +172,10 @@ def _print_plan(source: str, mesh: Any, dtype: str | None, revision: str | None,
         model = _on_paper(about.config, mesh, dtype or about.dtype)
     else:
         model = _look(source, mesh, dtype, revision, trust_pickle)
+    if as_json:
+        rows = [dataclasses.asdict(row) for row in placement.placements(model)]
+        print_json({"source": source, "mesh": dict(model.mesh.shape), "parameters": rows})
+        return
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(placement.table(model, title=f"{source} on mesh {spell(dict(model.mesh.shape))}: nothing is written"))
 

@@ -1,15 +1,22 @@
-"""What the commands share: errors a reader can act on, and enough CPU devices.
+"""What the commands share: their common options, errors a reader can act on, Ctrl-C, and enough CPU devices.
+
+Every command that has something to say to a program says it with `--json`: one value on standard output, and nothing
+else there. All that is meant for people alone (warnings, errors, progress) goes to standard error.
+
+Exit codes are the same everywhere: 0 done, 1 could not be done (or a plan does not fit), 2 the command line was not
+understood, 130 Ctrl-C; SIGTERM, where a run saves and ends by itself, is 143.
 
 Imports nothing slow: `--help` goes through here.
 """
 
 import contextlib
+import json
 import logging
 import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +26,19 @@ from rich.console import Console
 EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 FAILED = 1  # the exit code of work that could not be done; 0 is success, 2 a command line that cannot be understood
+INTERRUPTED = 130  # Ctrl-C: 128 and the signal's number, as shells have it
+
+MESH = "dp,fsdp,tp (as 1,4,2) or axes by name (as ep=4,tp=2); auto: all devices on fsdp."
+
+# Options that several commands have, so that they are called the same and say the same.
+Mesh = Annotated[str, typer.Option(help=MESH)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but results and errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Read PyTorch's .bin without asking. No code in it is run.")
+]
 
 
 @contextlib.contextmanager
@@ -31,12 +51,30 @@ def readable_errors(*, debug: bool) -> Iterator[None]:
         with _readable_warnings():
             yield
     except EXPECTED as error:
-        # Typer's own exits and usage errors are RuntimeErrors too, but nobody's fault here.
-        if debug or isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):
+        # Typer's own exits and usage errors are RuntimeErrors too, but nobody's fault here; nor is a reader who has
+        # read enough (`| head`).
+        if debug or isinstance(error, typer.Exit | typer.Abort | BrokenPipeError) or hasattr(error, "exit_code"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(message)}")
         raise typer.Exit(FAILED) from error
+
+
+@contextlib.contextmanager
+def working(what: str, *, quiet: bool = False) -> Iterator[None]:
+    """Show on a terminal that something goes on meanwhile. Elsewhere, and with `quiet`, print nothing.
+
+    Not around what draws progress of its own: a terminal has one last line.
+    """
+    console = Console(stderr=True, highlight=False)
+    with console.status(f"{what} ...") if console.is_terminal and not quiet else contextlib.nullcontext():
+        yield
+
+
+def print_json(value: Any) -> None:
+    """One line on standard output."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
 
 
 def parse_mesh(text: str | None) -> tuple[int, ...] | dict[str, int] | None:
@@ -71,14 +109,19 @@ def join_hosts(mesh: Sequence[int] | dict[str, int] | None, *, quiet: bool = Fal
 
 
 def run(app: typer.Typer, name: str) -> None:
-    """Run a command line to its end. A process that failed does not wait for the others of its job."""
+    """Run a command line to its end. A process that failed does not wait for the others of its job.
+
+    Ctrl-C ends it with `INTERRUPTED` and a word. (Training has its own way: it saves first.)
+    """
     try:
         app(prog_name=name)
     except SystemExit as end:
-        if end.code == FAILED and "jax" in sys.modules:
+        if end.code == INTERRUPTED:
+            sys.stderr.write("interrupted\n")
+        if end.code in (FAILED, INTERRUPTED) and "jax" in sys.modules:
             from tbjax.hosts import leave
 
-            leave(FAILED)
+            leave(end.code)
         raise
 
 

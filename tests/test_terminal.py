@@ -5,7 +5,7 @@ import logging
 import pytest
 import typer
 
-from tbjax.terminal import parse_mesh, provide_cpu_devices, readable_errors
+from tbjax.terminal import parse_mesh, print_json, provide_cpu_devices, readable_errors, working
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,24 @@ def test_debug_lets_the_traceback_through():
 def test_a_mistake_of_ours_keeps_its_traceback():
     with pytest.raises(KeyError), readable_errors(debug=False):
         raise KeyError("tp")
+
+
+def test_work_is_shown_on_a_terminal_and_nowhere_else(capsys, monkeypatch):
+    with working("compiling"):
+        pass
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    for quiet in (False, True):
+        with working("compiling", quiet=quiet):
+            pass
+        output, errors = capsys.readouterr()
+        assert not output
+        assert ("compiling ..." in errors) is not quiet
+
+
+def test_json_is_a_line_of_standard_output(capsys):
+    print_json({"text": "é"})
+    assert capsys.readouterr() == ('{"text": "é"}\n', "")
 
 
 def test_an_exit_is_not_an_error(capsys):

@@ -4,13 +4,11 @@
     tbjax doctor --mesh 2,2,2 --json
     torchrun --nnodes=2 --nproc-per-node=8 ... -m tbjax doctor --mesh 2,1,8
 
-Every process takes part, the first one reports. Exit codes: 0 nothing is broken, 1 a collective was wrong or the
-processes did not meet, 2 the command line was not understood. Standard output has the report, or with --json one
-object.
+Every process takes part, the first one reports. The exit code is 1 where a collective was wrong, too, or the processes
+did not meet. Standard output has the report, or with --json one object.
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +18,18 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
-from tbjax.terminal import FAILED, join_hosts, parse_mesh, readable_errors
+from tbjax.terminal import (
+    FAILED,
+    Debug,
+    Json,
+    Mesh,
+    Quiet,
+    join_hosts,
+    parse_mesh,
+    print_json,
+    readable_errors,
+    working,
+)
 
 if TYPE_CHECKING:
     from tbjax.doctor.links import Link
@@ -28,19 +37,18 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    mesh: Annotated[
-        str, typer.Option(help="dp,fsdp,tp (as 1,4,2) or axes by name (as ep=4,tp=2); auto: all devices on fsdp.")
-    ] = "auto",
+    mesh: Mesh = "auto",
     size: Annotated[float, typer.Option(min=0.001, help="Megabytes on each device, for the timing.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timings of each collective; the median counts.")] = 5,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds in which all processes must come.")] = 300,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Examine versions, devices, memory and links; time collectives along each axis of a mesh."""
     shape = parse_mesh(mesh)
     with readable_errors(debug=debug):
-        join_hosts(shape, timeout=timeout)
+        join_hosts(shape, timeout=timeout, quiet=quiet)
         import jax
 
         from tbjax import hosts
@@ -51,15 +59,16 @@ def doctor(
 
         laid = make_mesh(shape)
         machine = examine()  # before anything lies in the devices' memory
-        links = measure(laid, nbytes=int(size * 1e6), repeats=repeats)
+        with working(f"timing collectives over {spell(dict(laid.shape))}", quiet=quiet):
+            links = measure(laid, nbytes=int(size * 1e6), repeats=repeats)
         found = hints(machine, links)
         if jax.process_index() == 0:
             who, where = str(hosts.initialize(quiet=True)), spell(dict(laid.shape))
             if as_json:
                 report = {"job": who, "mesh": where, "machine": dataclasses.asdict(machine), "hints": found}
                 report["links"] = [dataclasses.asdict(link) for link in links]
-                sys.stdout.write(json.dumps(report) + "\n")
-            else:
+                print_json(report)
+            elif not quiet:
                 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
                 console.print(_page(who, where, machine, links, found, WHEN_A_RUN_FAILS))
     if not all(link.right for link in links):

@@ -7,8 +7,6 @@
 A file of prompts is text, a prompt on each line; or, with the ending .jsonl, a JSON object on each line, with a text in
 "prompt" or a conversation in "messages". With --json each answer is a line of JSON on standard output; everything else
 goes to standard error.
-
-Exit codes: 0 all is answered, 1 something was wrong, 2 the command line was not understood.
 """
 
 import json
@@ -21,7 +19,7 @@ import typer
 
 from interop.convert import Dtype, asking_about_pickles
 from tbjax.quantize.rules import Kind
-from tbjax.terminal import join_hosts, parse_mesh, readable_errors
+from tbjax.terminal import Debug, Mesh, Revision, TrustPickle, join_hosts, parse_mesh, readable_errors, working
 
 _SAMPLING, _OUTPUT = "Sampling", "Output"
 
@@ -41,9 +39,7 @@ def generate(
         bool, typer.Option("--chat", help="Use the model's chat template; without --prompt, converse.")
     ] = False,
     system: Annotated[str | None, typer.Option(help="What a conversation begins with, for the model alone.")] = None,
-    mesh: Annotated[
-        str, typer.Option(help="dp,fsdp,tp (as 1,4,2) or axes by name (as ep=4,tp=2); auto: all devices on fsdp.")
-    ] = "auto",
+    mesh: Mesh = "auto",
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, show_default="the model's, or 128", help="Stop after so many tokens.")
     ] = None,
@@ -80,11 +76,9 @@ def generate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=_OUTPUT, help="No progress line.")] = False,
     dtype: Annotated[Dtype | None, typer.Option(help="Convert the weights; else they are as config.json says.")] = None,
     quantization: Annotated[Kind | None, typer.Option(help="Keep the weights in 8 or 4 bits.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
-    trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Read PyTorch's .bin without asking. No code in it is run.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    revision: Revision = None,
+    trust_pickle: TrustPickle = False,
+    debug: Debug = False,
 ) -> None:
     """Continue texts, or answer messages."""
     if prompt is not None and prompts is not None:
@@ -122,14 +116,15 @@ def generate(
         )
         speaks = jax.process_index() == 0
         if questions is None and prompt is None:
-            _converse(loaded, system, options, stream=stream, as_json=as_json)
+            _converse(loaded, system, options, stream=stream, as_json=as_json, quiet=quiet)
         elif questions is None:
-            _answer(loaded, [_question(prompt, chat, system)], options, stream=stream, as_json=as_json, speaks=speaks)
+            shown = {"stream": stream, "as_json": as_json, "speaks": speaks, "quiet": quiet}
+            _answer(loaded, [_question(prompt, chat, system)], options, **shown)
         else:
             for start in range(0, len(questions), BATCH):
                 part = questions[start : start + BATCH]
                 own = options if seed is None else options | {"seed": seed + start}
-                _answer(loaded, part, own, stream=False, as_json=as_json, speaks=speaks)
+                _answer(loaded, part, own, stream=False, as_json=as_json, speaks=speaks, quiet=quiet)
 
 
 def _question(text: Any, chat: bool, system: str | None) -> Any:
@@ -158,7 +153,7 @@ def _questions(file: Path, chat: bool, system: str | None) -> Iterator[Any]:
 
 
 def _answer(
-    model: Any, questions: list[Any], options: dict[str, Any], *, stream: bool, as_json: bool, speaks: bool
+    model: Any, questions: list[Any], options: dict[str, Any], *, stream: bool, as_json: bool, speaks: bool, quiet: bool
 ) -> list[str]:
     """Ask together, and print the answers. All processes ask, and one `speaks`."""
     if stream:
@@ -168,7 +163,9 @@ def _answer(
             _print(piece, speaks, end="")
         _print("", speaks)
         return ["".join(pieces)]
-    answers = model.generate(questions, return_dict_in_generate=True, **options)
+    what = "an answer" if len(questions) == 1 else f"answers to {len(questions)} prompts"
+    with working(f"generating {what}", quiet=quiet or not speaks):
+        answers = model.generate(questions, return_dict_in_generate=True, **options)
     each = len(answers) // len(questions)
     for number, answer in enumerate(answers):
         line = answer.text
@@ -180,7 +177,9 @@ def _answer(
     return [answer.text for answer in answers]
 
 
-def _converse(model: Any, system: str | None, options: dict[str, Any], *, stream: bool, as_json: bool) -> None:
+def _converse(
+    model: Any, system: str | None, options: dict[str, Any], *, stream: bool, as_json: bool, quiet: bool
+) -> None:
     """Each line of standard input is a message, and the answer is part of what the next is asked after."""
     import jax
 
@@ -198,7 +197,7 @@ def _converse(model: Any, system: str | None, options: dict[str, Any], *, stream
         if not line.strip():
             continue
         said.append({"role": "user", "content": line.strip()})
-        answer = _answer(model, [said], options, stream=stream, as_json=as_json, speaks=True)[0]
+        answer = _answer(model, [said], options, stream=stream, as_json=as_json, speaks=True, quiet=quiet)[0]
         said.append({"role": "assistant", "content": answer})
 
 

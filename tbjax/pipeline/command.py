@@ -1,6 +1,9 @@
-"""`tbjax pipeline`: what a schedule costs, and what it looks like."""
+"""`tbjax pipeline`: what a schedule costs, and what it looks like.
 
-import json
+tbjax pipeline --schedule zb-h1 --stages 8 --microbatches 24
+tbjax pipeline --schedule auto --memory 12 --backward-weight 0.8 --svg auto.svg
+"""
+
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from tbjax.terminal import readable_errors
+from tbjax.terminal import Debug, Json, print_json, readable_errors, working
 
 if TYPE_CHECKING:
     from tbjax.pipeline.simulate import PerStage, Timeline
@@ -66,8 +69,8 @@ def pipeline(
         ),
     ] = WrapsName.FIRST,
     svg: Annotated[Path | None, typer.Option(help="Write the timeline to this file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Simulate a pipeline schedule: total time, bubble, activations held, the timeline."""
     with readable_errors(debug=debug):
@@ -90,18 +93,19 @@ def pipeline(
             raise ValueError(f"--chunks {chunks}: the auto schedule has one chunk a stage.")
         else:
             chosen = Automatic(times, memory, weight_activations)
-        timeline = simulate(
-            chosen,
-            stages,
-            microbatches,
-            times,
-            weight_activations=weight_activations,
-            wraps=wraps.value,
-        )
+        with working(f"simulating {schedule}"):
+            timeline = simulate(
+                chosen,
+                stages,
+                microbatches,
+                times,
+                weight_activations=weight_activations,
+                wraps=wraps.value,
+            )
         if svg is not None:
             svg.write_text(picture.svg(timeline), encoding="utf-8")
         if as_json:
-            typer.echo(json.dumps(_figures(timeline) | {"wraps": wraps.value}))
+            print_json(_figures(timeline) | {"wraps": wraps.value})
             return
         console = Console(highlight=False)
         console.print(picture.headline(timeline), soft_wrap=True)

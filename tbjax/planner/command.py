@@ -1,11 +1,11 @@
 """`tbjax plan` and `tbjax verify`: the planner on the command line.
 
     tbjax plan meta-llama/Llama-2-70b-hf --hardware h100:8x8 --global-batch 512
-    tbjax plan meta-llama/Llama-3.1-405B --hardware v5p:8x8x16 --global-batch 1024 --html plan.html --json plan.json
+    tbjax plan meta-llama/Llama-3.1-405B --hardware v5p:8x8x16 --global-batch 1024 --html plan.html --out plan.json
     tbjax verify plan.json
 
-Exit codes: 0 it fits, 1 it does not or could not be planned, 2 the command line was not understood. The plan goes to
-standard output, everything else to standard error.
+The plan goes to standard output, as text or with --json as JSON; everything else to standard error. The exit code is 1
+where it does not fit, too.
 """
 
 import sys
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from tbjax.terminal import FAILED, parse_mesh, readable_errors
+from tbjax.terminal import FAILED, Debug, Json, Quiet, Revision, parse_mesh, readable_errors, working
 
 if TYPE_CHECKING:
     from tbjax.planner.plan import Plan
@@ -112,18 +112,21 @@ def plan(
     verify: Annotated[
         bool, typer.Option("--verify", help="Let the target's compiler check the plan (implies --runnable).")
     ] = False,
-    html: Annotated[Path | None, typer.Option(rich_help_panel=_OUTPUT, help="Write a page to this file.")] = None,
-    json: Annotated[
-        Path | None, typer.Option(rich_help_panel=_OUTPUT, help="Write the plan to this file; - for standard output.")
+    out: Annotated[
+        Path | None, typer.Option(rich_help_panel=_OUTPUT, help="Write the plan to this file, for verify, load, train.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=_OUTPUT, help="Print nothing else.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    html: Annotated[Path | None, typer.Option(rich_help_panel=_OUTPUT, help="Write a page to this file.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", rich_help_panel=_OUTPUT, help="Print the plan as JSON instead.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=_OUTPUT, help="Print no plan.")] = False,
+    revision: Revision = None,
+    debug: Debug = False,
 ) -> None:
     """The best parallelism for a model on a cluster: mesh, memory, time, and why not otherwise."""
     sizes = {"pp": pp, "dp": dp, "fsdp": fsdp, "ep": ep, "cp": cp, "tp": tp}
     asked = _mesh(parse_mesh(mesh), {axis: size for axis, size in sizes.items() if size is not None})
-    with readable_errors(debug=debug):
+    with readable_errors(debug=debug), working(f"planning {model} on {hardware}", quiet=quiet):
         import tbjax
 
         made = tbjax.plan(
@@ -151,19 +154,24 @@ def plan(
         )
         if verify and made.fits and made.verification is None:
             made = made.with_verification(made.verify())
-        _write(made, html, json)
-        if not quiet and str(json) != "-":
+    with readable_errors(debug=debug):
+        _write(made, out, html)
+        if as_json:
+            typer.echo(made.to_json())
+        elif not quiet:
             _console().print(made)
     _exit(made)
 
 
 def verify(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="What `tbjax plan --json` wrote.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="What `tbjax plan --out` wrote.")],
     compiler: Annotated[Compiler, typer.Option(help="auto: that of the plan's hardware.")] = "auto",
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a compilation may take.")] = 600,
+    out: Annotated[Path | None, typer.Option(help="Write the plan with the verdict to this file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with both accounts to this file.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the plan with the verdict; - for standard output.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Compile a plan for its target, which need not be there: does it fit, and what does it send?"""
     with readable_errors(debug=debug):
@@ -171,10 +179,13 @@ def verify(
         from tbjax.planner.report import verified
 
         made = Plan.from_json(plan)
-        said = made.verify(compiler, timeout=timeout)
+        with working(f"compiling for {made.cluster}", quiet=quiet):
+            said = made.verify(compiler, timeout=timeout)
         made = made.with_verification(said)
-        _write(made, html, json)
-        if str(json) != "-":
+        _write(made, out, html)
+        if as_json:
+            typer.echo(made.to_json())
+        elif not quiet:
             _console().print(verified(made, said))
     _exit(made)
 
@@ -194,15 +205,11 @@ def _mesh(mesh: tuple[int, ...] | dict[str, int] | None, sizes: dict[str, int]) 
     return {**mesh, **sizes}
 
 
-def _write(plan: "Plan", html: Path | None, json: Path | None) -> None:
+def _write(plan: "Plan", out: Path | None, html: Path | None) -> None:
     if html is not None:
         plan.to_html(html)
-    if json is None:
-        return
-    if str(json) == "-":
-        sys.stdout.write(plan.to_json() + "\n")
-    else:
-        plan.to_json(json)
+    if out is not None:
+        plan.to_json(out)
 
 
 def _console() -> Console:

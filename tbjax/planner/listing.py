@@ -8,7 +8,6 @@ tbjax models qwen --json     those whose names hold a word, for a program
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,14 +18,11 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from tbjax.terminal import readable_errors
+from tbjax.terminal import Debug, Json, print_json, readable_errors
 
 if TYPE_CHECKING:
     from tbjax.config import ModelConfig
     from tbjax.planner.device import Hardware
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def hardware(
@@ -187,7 +183,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> RenderableT
 
 def _print(what: Any) -> None:
     if isinstance(what, dict | list):
-        typer.echo(json.dumps(what))
+        print_json(what)
     else:
         Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(what)
 

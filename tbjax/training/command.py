@@ -5,14 +5,12 @@
 
 `--config` is a `TrainConfig` as JSON, and options come before what it says.
 
-Exit codes: 0 all steps are done, 1 something was wrong, 2 the command line was not understood, 130 Ctrl-C or 143
-SIGTERM ended the run after it was saved: the same command goes on with it. With --json the last line of standard output
-is the result; everything else goes to standard error.
+The exit code is 130 (Ctrl-C) or 143 (SIGTERM) where that ended the run after it was saved: the same command goes on
+with it. With --json the result is a line on standard output; everything else goes to standard error.
 """
 
 import json
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from tbjax.terminal import join_hosts, parse_mesh, readable_errors
+from tbjax.terminal import Debug, Revision, join_hosts, parse_mesh, print_json, readable_errors, working
 from tbjax.training.elastic import accumulation, agreed, as_begun
 
 if TYPE_CHECKING:
@@ -195,8 +193,8 @@ def train(
         bool, typer.Option("--json", rich_help_panel=_OUTPUT, help="End with the result as a line of JSON.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=_OUTPUT, help="No progress line.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    revision: Revision = None,
+    debug: Debug = False,
 ) -> None:
     """Train a model on text, from its checkpoint on."""
     given = {
@@ -284,7 +282,8 @@ def train(
             progress=not quiet,
         )
         if out is not None:
-            loaded.save_pretrained(out)
+            with working(f"writing {out}", quiet=quiet):
+                loaded.save_pretrained(out)
         if writes():
             _report(result, out, as_json, quiet)
     if result.end != "finished":
@@ -362,4 +361,4 @@ def _report(result: "TrainResult", out: Path | None, as_json: bool, quiet: bool)
         console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         console.print(f"{result.step} steps{ended}: {figures(said)}" + (f"; wrote {out}" if out else ""))
     if as_json:
-        sys.stdout.write(json.dumps(values) + "\n")
+        print_json(values)

@@ -73,9 +73,13 @@ def pickled(hf, tmp_path):
 
 
 def test_to_orbax_and_back_loses_nothing(hf, tmp_path):
-    convert(hf, tmp_path / "orbax", "--to", "orbax", "--mesh", "1,4,2")
+    output, _ = convert(hf, tmp_path / "orbax", "--to", "orbax", "--mesh", "1,4,2")
+    assert output.startswith(f"{hf} -> {tmp_path / 'orbax'} (orbax): ")
     assert checkpoint.is_checkpoint(tmp_path / "orbax")
-    convert(tmp_path / "orbax", tmp_path / "back", "--to", "hf", "--mesh", "2,2,2")
+    output, _ = convert(tmp_path / "orbax", tmp_path / "back", "--to", "hf", "--mesh", "2,2,2", "--json")
+    done = json.loads(output)
+    assert done["destination"] == str(tmp_path / "back")
+    assert done["bytes"] == sum(file.stat().st_size for file in (tmp_path / "back").iterdir())
     assert same_tensors(hf, tmp_path / "back")
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "back" / name).read_text()) == json.loads((hf / name).read_text())
@@ -208,6 +212,9 @@ def test_a_dry_run_shows_a_mesh_that_is_not_there_and_writes_nothing(hf, tmp_pat
     assert "embedding.weight" in output
     assert "float32[384,32]" in output
     assert "vocab/tp, embed/fsdp" in output
+    output, _ = convert(hf, tmp_path / "out", "--dry-run", "--mesh", "3,16,2", "--json")
+    found = {row["path"]: row for row in json.loads(output)["parameters"]}
+    assert found["embedding.weight"]["axes"] == [["tp"], ["fsdp"]]
     assert not (tmp_path / "out").exists()
 
 

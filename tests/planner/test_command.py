@@ -22,7 +22,7 @@ def run(*arguments):
 def planned(tmp_path, *arguments):
     """What a plan that was asked for came to."""
     file = tmp_path / "plan.json"
-    result = run("plan", *arguments, "--json", file, "--quiet")
+    result = run("plan", *arguments, "--out", file, "--quiet")
     assert result.exit_code == 0, result.stderr
     assert result.stdout == ""
     return Plan.from_json(file)
@@ -84,7 +84,7 @@ def test_offloading_is_fixed(tmp_path, choice, offload):
 
 
 def test_json_may_go_to_standard_output():
-    result = run("plan", "llama-2-7b-hf", "--hardware", "h100:8", "--json", "-")
+    result = run("plan", "llama-2-7b-hf", "--hardware", "h100:8", "--json")
     assert Plan.from_json(result.stdout).fits
 
 
@@ -96,7 +96,7 @@ def test_a_page_is_written(tmp_path):
 
 def test_what_does_not_fit_fails_and_says_what_would_do(tmp_path):
     file = tmp_path / "plan.json"
-    result = run("plan", "llama-2-70b-hf", "--hardware", "h100:2", "--global-batch", "16", "--json", file, "-q")
+    result = run("plan", "llama-2-70b-hf", "--hardware", "h100:2", "--global-batch", "16", "--out", file, "-q")
     assert result.exit_code == 1
     assert "Nothing fits" in result.stderr
     assert str(Plan.from_json(file).smallest) in result.stderr
@@ -160,7 +160,7 @@ def verified(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verified")
     tiny.save(tiny.BY_NAME["llama"], folder / "model")
     arguments = [folder / "model", "--hardware", "cpu:4", "--global-batch", "8", "--seq-len", "32", "--tp", "2"]
-    result = run("plan", *arguments, "--verify", "--json", folder / "plan.json", "--html", folder / "plan.html")
+    result = run("plan", *arguments, "--verify", "--out", folder / "plan.json", "--html", folder / "plan.html")
     return folder, result
 
 
@@ -176,7 +176,7 @@ def test_a_plan_is_verified_by_its_compiler(verified):
 
 def test_a_saved_plan_is_verified(verified, tmp_path):
     folder, _ = verified
-    result = run("verify", folder / "plan.json", "--json", tmp_path / "again.json", "--html", tmp_path / "again.html")
+    result = run("verify", folder / "plan.json", "--out", tmp_path / "again.json", "--html", tmp_path / "again.html")
     assert result.exit_code == 0, result.stderr
     assert "Compiled" in result.stdout
     before, after = (Plan.from_json(path).verification for path in (folder / "plan.json", tmp_path / "again.json"))
@@ -200,7 +200,7 @@ def test_verifying_says_what_is_wrong(tmp_path):
 def test_a_plan_that_cannot_be_compiled_yet_says_so(tmp_path):
     file = tmp_path / "plan.json"
     planned = run(
-        "plan", "smollm2-135m", "--hardware", "h100:8", "--task", "inference", "--cp", "2", "--json", file, "-q"
+        "plan", "smollm2-135m", "--hardware", "h100:8", "--task", "inference", "--cp", "2", "--out", file, "-q"
     )
     assert planned.exit_code == 0
     result = run("verify", file)

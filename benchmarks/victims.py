@@ -25,7 +25,10 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from tbjax.config import ModelConfig
 
 # No run is to be waited for longer, however busy the machine is.
 PATIENCE_SECONDS = 300
@@ -225,11 +228,22 @@ def live(output: Path, checkpoint_dir: Path, settings: dict[str, Any]) -> None:
         raise
 
 
+def llama(layers: int = 2, **sizes: Any) -> "ModelConfig":
+    """A few thousand numbers, or as many as its sizes ask for.
+
+    In our own words: Hugging Face's would have to be asked for its defaults, which takes seconds.
+    """
+    from tbjax.config import LayerKind, ModelConfig, Rope
+
+    little = {"vocab_size": VOCABULARY, "embed": 32, "mlp": 48, "heads": 4, "kv_heads": 2, "head_dim": 8}
+    usual = {"max_positions": 1024, "rope": Rope(), "tie_embeddings": True}
+    return ModelConfig(family="llama", layer_kinds=(LayerKind(),) * layers, **usual | little | sizes)
+
+
 def learn(checkpoint_dir: Path, settings: dict[str, Any]) -> Any:
     import numpy as np
 
     import tbjax
-    from tbjax.config import LayerKind, ModelConfig, Rope
     from tbjax.training import Batch
     from tbjax.training.config import TrainConfig
     from tbjax.training.loop import train
@@ -256,21 +270,7 @@ def learn(checkpoint_dir: Path, settings: dict[str, Any]) -> Any:
 
     usual = {"steps": STEPS, "learning_rate": 1e-3, "schedule": "constant", "precision": "float32", "remat": "none"}
     config = TrainConfig(**usual | {"log_every": 1} | settings)
-    # In our own words: Hugging Face's would have to be asked for its defaults, which takes seconds.
-    shape = ModelConfig(
-        family="llama",
-        vocab_size=VOCABULARY,
-        embed=32,
-        mlp=48,
-        heads=4,
-        kv_heads=2,
-        head_dim=8,
-        layer_kinds=(LayerKind(),) * 2,
-        max_positions=64,
-        rope=Rope(),
-        tie_embeddings=False,
-    )
-    model = tbjax.from_config(shape, (1, DEVICES, 1), dtype="float32")
+    model = tbjax.from_config(llama(), (1, DEVICES, 1), dtype="float32")
     return train(
         model,
         Batches(),

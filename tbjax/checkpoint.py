@@ -31,7 +31,7 @@ from flax import nnx
 from tbjax import manifest, rows, stored
 from tbjax.config import LayerKind, ModelConfig, MoE, Rope
 from tbjax.dtypes import narrows
-from tbjax.folders import agree_all, check_free
+from tbjax.folders import agree_all, check_free, set_aside
 from tbjax.manifest import Verify
 from tbjax.sharding import by_path, with_arrays
 from tbjax.writing import Writing
@@ -140,6 +140,8 @@ def local(path: str | Path) -> Path:
 def _require(path: Path) -> None:
     if not is_checkpoint(path):
         what = "is not a tbjax checkpoint" if path.exists() else "does not exist"
+        if not path.exists() and (left := set_aside(path)):
+            raise ValueError(f"{path} does not exist: a process was killed as it replaced it. Rename {left[0]} to it.")
         raise ValueError(
             f"{path} {what}: a folder written by tbjax.checkpoint.save (with parameters/ and about/) is needed."
         )

@@ -42,18 +42,30 @@ def check_free(folder: Path, overwrite: bool, objection: Callable[[Path], str]) 
 
 def put(new: Path, folder: Path) -> None:
     """Rename `new` to `folder`, which is replaced if it is there."""
-    if not folder.exists():
+    if folder.exists():
+        # Whoever looks between the two renames finds nothing under the name, rather than a mixture.
+        old = folder.with_name(f"{_replaced(folder)}{os.getpid()}")
+        folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+    else:
         new.rename(folder)
-        return
-    # Whoever looks between the two renames finds nothing under the name, rather than a mixture.
-    old = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old)
+    for old in set_aside(folder):
+        shutil.rmtree(old)
+
+
+def set_aside(folder: Path) -> list[Path]:
+    """What was to be replaced under the name of `folder` and is still there, as its process was killed."""
+    if not folder.parent.is_dir():
+        return []
+    return [entry for entry in folder.parent.iterdir() if entry.name.startswith(_replaced(folder))]
+
+
+def _replaced(folder: Path) -> str:
+    return f".{folder.name}.replaced-"
 
 
 def in_first_process(action: Callable[[], None]) -> None:

@@ -58,8 +58,16 @@ Entries: TypeAlias = dict[str, Entry]
 
 
 def take(folder: Path, process: int) -> Entries:
-    """The entries of those files in `folder` that process `process` wrote; the first wrote what bears no number."""
-    return _entries(folder, (name for name in _files(folder) if name != NAME and owner(name) == process))
+    """The entries of those files in `folder` that process `process` wrote; the first wrote what bears no number.
+
+    They, and the folders that they are in, are on the disk when this returns: a manifest must not outlive what it
+    vouches for when the power fails.
+    """
+    names = [name for name in _files(folder) if name != NAME and owner(name) == process]
+    entries = _entries(folder, names, sync=True)
+    for parent in sorted({above for name in names for above in Path(name).parents}):
+        sync_folder(folder / parent)
+    return entries
 
 
 def owner(name: str) -> int:
@@ -149,16 +157,18 @@ def _files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _entries(folder: Path, names: Iterable[str]) -> Entries:
+def _entries(folder: Path, names: Iterable[str], *, sync: bool = False) -> Entries:
     listed = list(names)
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "digests") as pool:
-        return dict(zip(listed, pool.map(lambda name: _entry(folder / name), listed), strict=True))
+        return dict(zip(listed, pool.map(lambda name: _entry(folder / name, sync), listed), strict=True))
 
 
-def _entry(path: Path) -> Entry:
+def _entry(path: Path, sync: bool) -> Entry:
     digest, size, buffer = xxhash.xxh3_64(), 0, memoryview(bytearray(BUFFER_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             size += count
+        if sync:
+            os.fsync(file.fileno())
     return Entry(size, digest.hexdigest())

@@ -1,5 +1,7 @@
 """What a manifest finds, and who looks."""
 
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,6 +32,15 @@ def test_every_process_takes_what_it_wrote_and_the_first_the_rest(folder):
     assert taken[12] == {"parameters/array_metadatas/process_12"}
     assert taken[2] == set()
     assert set.union(*taken.values()) == set(FILES)
+
+
+def test_what_is_vouched_for_is_on_the_disk_and_so_are_the_folders_that_it_is_in(folder, monkeypatch):
+    synced = set()
+    monkeypatch.setattr(manifest.os, "fsync", lambda handle: synced.add(os.readlink(f"/proc/self/fd/{handle}")))
+    sealed(folder)
+    paths = [folder / name for name in (*FILES, manifest.NAME)]
+    within = {parent for path in paths for parent in path.parents if parent.is_relative_to(folder)}
+    assert synced == set(map(str, {*paths, *within}))
 
 
 def sealed(folder):

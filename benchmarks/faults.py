@@ -30,9 +30,8 @@ from rich.table import Table
 import tbjax
 from benchmarks.kills import INTERVAL, Kill, kill_again_and_again
 from benchmarks.memory import AnonymousMemory
-from benchmarks.victims import Nursery, mounts
+from benchmarks.victims import Nursery, llama, mounts
 from tbjax import checkpoint, manifest
-from tbjax.config import LayerKind, ModelConfig, Rope
 from tbjax.mesh import make_mesh
 from tbjax.training import Batch, init_state
 from tbjax.training.config import TrainConfig
@@ -59,10 +58,16 @@ def kills(folder: Path, count: int, seed: int, console: Console) -> None:
     seconds = [kill.seconds for kill in report.kills]
     console.print(
         f"kills survived / tried: {report.survived} / {len(report.kills)}; a checkpoint every {INTERVAL} steps, "
-        f"{sum(kill.writing for kill in report.kills)} of the kills while one was being written. Restarts took "
+        f"{sum(kill.writing for kill in report.kills)} of the kills while one was being written. Lost were at most "
+        f"{_most_lost(report.kills, background=True)} steps where the run went on meanwhile, and "
+        f"{_most_lost(report.kills, background=False)} where it waited. Restarts took "
         f"{statistics.median(seconds):.1f} s (at most {max(seconds):.1f}) to their first step. Of {report.steps} steps "
         f"{len(report.differing)} had another loss than in a run that was not killed."
     )
+
+
+def _most_lost(kills: Sequence[Kill], *, background: bool) -> int:
+    return max((kill.lost for kill in kills if kill.background == background), default=0)
 
 
 # --- Damage -----------------------------------------------------------------------------------------------------------
@@ -111,7 +116,7 @@ def _kind(name: str) -> str:
 def damage(folder: Path, times: int, seed: int, console: Console) -> None:
     """Change every file of a checkpoint in every way, and see whether it is loaded."""
     draw = random.Random(seed)
-    model, state, _ = _made(LITTLE, make_mesh((1, 2, 1), jax.devices()[:2]))
+    model, state, _ = _made({}, make_mesh((1, 2, 1), jax.devices()[:2]))
     with Saver(folder / "run") as saver:
         saver.save(state, 1, data=None, config=None)
     path = folder / "run" / "1"
@@ -197,23 +202,13 @@ def fill(path: Path) -> None:
 
 # --- The price --------------------------------------------------------------------------------------------------------
 
-LITTLE = {"vocab_size": 64, "embed": 32, "mlp": 48, "heads": 4, "kv_heads": 2, "head_dim": 8, "layers": 2}
 # 42 million parameters: a state of 504 MB in float32 with AdamW.
 LARGE = {"vocab_size": 16384, "embed": 512, "mlp": 2048, "heads": 8, "kv_heads": 8, "head_dim": 64, "layers": 8}
 
 
 def _made(sizes: dict[str, int], mesh: Any) -> tuple[Any, Any, TrainConfig]:
     """A model of these sizes, its first state, and how it is trained."""
-    shape = {name: size for name, size in sizes.items() if name != "layers"}
-    config = ModelConfig(
-        family="llama",
-        layer_kinds=(LayerKind(),) * sizes["layers"],
-        max_positions=1024,
-        rope=Rope(),
-        tie_embeddings=True,
-        **shape,
-    )
-    model = tbjax.from_config(config, mesh, dtype="float32")
+    model = tbjax.from_config(llama(**sizes), mesh, dtype="float32")
     training = TrainConfig(steps=1000, schedule="constant", precision="float32").with_plan(None)
     state = init_state(model, training.make_optimizer(model), precision="float32")
     return model, state, training

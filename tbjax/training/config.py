@@ -107,7 +107,9 @@ class TrainConfig:
     save_every: int | None = None  # None: every 500 steps; and at the end
     keep: int = 2  # checkpoints, the newest ones
     keep_every: int | None = None  # and those of the steps that this divides
-    async_save: bool = True  # go on while a checkpoint is written, which takes the host memory for a copy of the state
+    # Go on while a checkpoint is written, for a tenth of `save_every` at most: a run that is killed loses `save_every`
+    # steps and these. It takes memory of the host for a copy of the state. False: wait, and lose `save_every` at most.
+    async_save: bool = True
     on_failed_save: FailedSavePolicy = "continue"  # after a checkpoint that could not be written; or "stop" the run
     profile: str | None = None  # a folder for a trace of `profile_steps` steps, soon after the first
     profile_steps: int = 3

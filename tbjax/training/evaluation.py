@@ -7,7 +7,7 @@ at the end. The routers' auxiliary loss is left out: it is of training alone, an
 import functools
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -39,9 +39,14 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    model: Decoder, data: Iterable[Any], *, precision: Precision = "mixed", batches: int | None = None
+    model: Decoder,
+    data: Iterable[Any],
+    *,
+    precision: Precision = "mixed",
+    batches: int | None = None,
+    on_batch: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
-    """The mean loss of `model` over `data`, or over its first `batches`.
+    """The mean loss of `model` over `data`, or over its first `batches`; `on_batch` is told how many are under way.
 
     A dataset of `tbjax.training.data` has no end; of it, all rows are taken once, in the same order every time.
     """
@@ -50,7 +55,8 @@ def evaluate(
         given = given.evaluation(batches)
     feed = Feed(given, model.sharding, model.config.vocab_size, "the evaluation data")
     loss, targets, before = 0.0, 0, None
-    for batch in itertools.islice(feed, batches):
+    for count, batch in enumerate(itertools.islice(feed, batches), 1):
+        on_batch(count)
         found = summed_loss(model, batch, precision)
         # One batch behind, as in training: the next is under way before this one's figures are waited for.
         if before is not None:

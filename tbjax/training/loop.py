@@ -98,10 +98,12 @@ def train(
     end, or `config.eval_batches` must say when, and be one that can be gone through again.
 
     With a `checkpoint_dir` the run is saved every `config.save_every` steps and at its end, also when Ctrl-C or SIGTERM
-    ends it, and goes on from the newest whole checkpoint there unless `resume` is False. Data that has `state()` and
-    `restore()` goes on where it stood; of any other the batches that were used are passed over. A run that diverges is
-    saved as the step before left it. A checkpoint that cannot be written, on a full disk say, is logged as an error and
-    the run goes on, unless `config.on_failed_save` is "stop"; if it is the last one, `SaveFailed` is raised.
+    ends it, and goes on from the newest whole checkpoint there unless `resume` is False. One that is killed loses the
+    steps of an interval at most, and of a tenth of one if the newest was just being written (none of these without
+    `config.async_save`). Data that has `state()` and `restore()` goes on where it stood; of any other the batches that
+    were used are passed over. A run that diverges is saved as the step before left it. A checkpoint that cannot be
+    written, on a full disk say, is logged as an error and the run goes on, unless `config.on_failed_save` is "stop"; if
+    it is the last one, `SaveFailed` is raised.
 
     `log_file` gets a JSON object a line, `tensorboard` is a folder for event files. A progress line shows on terminals
     alone.
@@ -109,7 +111,7 @@ def train(
     run = _Run(model, data, config, eval_data, checkpoint_dir, resume)
     try:
         sinks = _sinks(config.steps, run.step, log_file, tensorboard, progress)
-        with Logs(sinks) as logs, run.watchdog, Interruption() as interruption:
+        with Logs(sinks) as logs, contextlib.closing(run.watchdog), Interruption() as interruption:
             end = run.steps(logs, interruption, on_record)
     finally:
         run.close()
@@ -217,19 +219,23 @@ class _Run:
         self.tokens, self.skipped, self.diagnosed = 0, 0, False
         # Since the last record: losses weighed by targets, and targets.
         self.summed, self.targets = 0.0, 0
+        self.save_every = config.save_every or SAVE_EVERY
         self.state = init_state(model, optimizer, **config.state_options)
         if going_on and self.saver is not None:
             self._go_on(self.saver)
         else:
             self.feed = Feed(self.data, self.sharding, model.config.vocab_size)
         self.first, self.data_state = self.step, self._data_state()
+        if self.saver is not None:
+            self.saver.check_data(self.data_state)
 
     def _go_on(self, saver: Saver) -> None:
         """From the newest checkpoint. The model's weights are touched last, when nothing is left to be refused."""
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self.state)
         like = like._replace(loss_scale=self.state.loss_scale)  # for a run that begins to have one
         saver.check(like)
-        self.step, data, *_ = saver.progress()
+        found = saver.progress()
+        self.step, self.tokens, self.skipped, data = found.step, found.tokens, found.skipped, found.data
         placed = hasattr(self.data, "restore") and data is not None
         if placed:
             self.data.restore(data)
@@ -275,8 +281,9 @@ class _Run:
                 self.step += 1
                 self._land(logs, on_record)
                 self.flight = _Flight(self.step, metrics, batch, data_before, ended)
-                save = self.saver is not None and _due(config.save_every or SAVE_EVERY, self.step)
-                pause = save or _due(config.eval_every, self.step)
+                save = self.saver is not None and _due(self.save_every, self.step)
+                late = self.saver is not None and self.saver.overdue(self.step, self.save_every)
+                pause = save or late or _due(config.eval_every, self.step)
                 if config.on_failed_save == "stop" and self.saver is not None and self.saver.failing:
                     interruption.cause = interruption.cause or SAVE_FAILED
                 if interruption.agreed():
@@ -285,6 +292,8 @@ class _Run:
                 if pause and self.step < config.steps:
                     self.watchdog.beat(self.step, longer=True)
                     self._land(logs, on_record)
+                    if late:
+                        self._see_saved()
                     # Saved first: what fails in an evaluation must not cost the steps before it.
                     if save:
                         self._save()
@@ -401,6 +410,7 @@ class _Run:
             self.eval_data,
             precision=self.precision,
             batches=self.config.eval_batches,
+            on_batch=lambda count: self.watchdog.beat(self.step, longer=count < 2),  # the first ones compile
         )
         self.evaluations[self.step] = found
         logs.write(self.step, found.values())
@@ -413,12 +423,25 @@ class _Run:
         settings = dataclasses.asdict(self.config) if isinstance(self.config.optimizer, str) else None
         plan = getattr(self.model, "plan", None)
         state = {"data": self.data_state, "config": settings, "plan": None if plan is None else plan.to_json()}
-        for act in (self.saver.wait, lambda saver=self.saver: saver.save(self.state, self.step, **state)):
-            try:
-                act()
-            except SaveFailed:
-                if self.config.on_failed_save == "stop":
-                    raise
+        state |= {"tokens": self.tokens + self.targets, "skipped": self.skipped}
+        self._see_saved()
+        with self._costing_no_more():
+            self.saver.save(self.state, self.step, **state)
+
+    def _see_saved(self) -> None:
+        """Wait until what is being written is in its place."""
+        if self.saver is not None:
+            with self._costing_no_more():
+                self.saver.wait()
+
+    @contextlib.contextmanager
+    def _costing_no_more(self) -> Iterator[None]:
+        """What fails within costs a checkpoint, and the run only where it is to stop then."""
+        try:
+            yield
+        except SaveFailed:
+            if self.config.on_failed_save == "stop":
+                raise
 
     def _save_last(self) -> None:
         """Save this step, and see it done. Raises `SaveFailed`."""

@@ -9,8 +9,10 @@ A run's folder holds one folder for each step that was saved, and each is also a
     progress/     JSON: the step, where the data stands, the configuration, the plan
     manifest      size and digest of every file, as there
 
-What is saved is the state of the step it is named after; the run goes on while it is written. A run goes on from the
-newest checkpoint that is whole: one that is not is named in a warning with what is wrong with it, and moved aside.
+What is saved is the state of the step it is named after; the run goes on while it is written, but not for long: after
+`leeway` steps it waits. A run goes on from the newest checkpoint that is whole: one that is not is named in a warning
+with what is wrong with it, and moved aside. So whatever ends a run costs it the interval between two checkpoints and
+that leeway at most; without the background, the interval.
 
 Arrays are restored onto the mesh of the run that asks for them, whatever mesh, pipeline or number of processes wrote
 them; the same bits follow only on the same mesh, as another one sums in another order.
@@ -48,6 +50,9 @@ TRAINING, PROGRESS = "training", "progress"
 # What the paths of these arrays begin with in `training/`.
 RESIDUAL, LOSS_SCALE = "residual.", "loss_scale."
 
+# The part of an interval for which a run may go on while a checkpoint is written.
+LEEWAY = 10
+
 # Behind the name of a checkpoint that was found not to be whole.
 ASIDE = ".damaged"
 
@@ -63,6 +68,13 @@ class Progress(NamedTuple):
     data: Any  # where the data stood; None where it could not say
     config: Any = None  # the fields of its TrainConfig; None where its optimizer has no name
     plan: Any = None  # the plan that the model was laid out by, if any
+    tokens: int = 0  # that had been learned from
+    skipped: int = 0  # steps
+
+
+def leeway(every: int) -> int:
+    """Steps that a run may take while a checkpoint is written, where it writes one `every` so many steps."""
+    return max(1, every // LEEWAY)
 
 
 class Saver:
@@ -86,14 +98,24 @@ class Saver:
         self._background = background
         self._verify: Verify = verify
         self._writing: Writing | None = None
+        self._step = 0  # of what is being written
         self.latest: int | None = self._newest_whole()
 
     def save(
-        self, state: TrainState, step: int, *, data: Any, config: Mapping[str, Any] | None, plan: str | None = None
+        self,
+        state: TrainState,
+        step: int,
+        *,
+        data: Any,
+        config: Mapping[str, Any] | None,
+        plan: str | None = None,
+        tokens: int = 0,
+        skipped: int = 0,
     ) -> None:
         """Begin to write everything that step `step` left. Every process calls this; the state may be given up after.
 
-        What goes wrong is logged as soon as it is known, and `SaveFailed` is raised by the next call.
+        What goes wrong is logged as soon as it is known, and `SaveFailed` is raised by the next call. Without the
+        background all is done, and said, when this returns.
         """
         self.wait()
         if step == self.latest:
@@ -105,6 +127,8 @@ class Saver:
             "data": data,
             "config": config,
             "plan": None if plan is None else json.loads(plan),
+            "tokens": tokens,
+            "skipped": skipped,
         }
         arrays = {
             checkpoint.PARAMETERS: rows.in_order(by_path(model), model),
@@ -124,6 +148,9 @@ class Saver:
         except OSError as error:
             log.error("%s.", _failed(path, error))
             raise _failed(path, error) from error
+        self._step = step
+        if not self._background:
+            self.wait()
 
     @property
     def writing(self) -> bool:
@@ -134,6 +161,10 @@ class Saver:
     def failing(self) -> bool:
         """Whether this process knows that what is being written will not be a checkpoint."""
         return self._writing is not None and self._writing.done and self._writing.error is not None
+
+    def overdue(self, step: int, every: int) -> bool:
+        """Whether what is being written must be in its place before another step is taken; alike in all processes."""
+        return self._writing is not None and step - self._step >= leeway(every)
 
     def wait(self) -> None:
         """Until what was begun is in its place. Every process calls this. Raises `SaveFailed`."""
@@ -150,6 +181,16 @@ class Saver:
         """Let what was begun come to its end, whatever that is; no other process is asked."""
         if self._writing is not None:
             self._writing.join()
+
+    def check_data(self, state: Any) -> None:
+        """Raise unless where the data stands, as it says, can be written."""
+        try:
+            json.dumps(state)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"the data's state() cannot be saved with the run in {self.folder}: {error}. Let it be of numbers, "
+                "strings, lists and dicts, as JSON has them."
+            ) from error
 
     def progress(self) -> Progress:
         """Where the run stood at the newest step."""
@@ -282,7 +323,8 @@ def read_progress(path: str | Path) -> Progress:
     found = json.loads((checkpoint.local(path) / PROGRESS / "metadata").read_text(encoding="utf-8"))
     if found["format"] != FORMAT:
         raise ValueError(f"{path}: format {found['format']!r} is not {FORMAT}: another release of tbjax wrote it.")
-    return Progress(found["step"], found["data"], found["config"], found["plan"])
+    counted = (found.get(name, 0) for name in ("tokens", "skipped"))  # the first releases did not say
+    return Progress(found["step"], found["data"], found["config"], found["plan"], *counted)
 
 
 class _Array(NamedTuple):

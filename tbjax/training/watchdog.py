@@ -13,8 +13,6 @@ import faulthandler
 import os
 import sys
 import threading
-from types import TracebackType
-from typing import Self
 
 import jax
 
@@ -29,7 +27,7 @@ USUAL_SECONDS = 600.0
 
 
 class Watchdog:
-    """Ends this process where more than `limit` seconds pass between two beats; with None, never."""
+    """Ends this process where more than `limit` seconds pass between two beats; with None, never. To be closed."""
 
     def __init__(self, limit: float | None, *, who: str = "this process") -> None:
         self._limit, self._who = limit, who
@@ -56,14 +54,6 @@ class Watchdog:
             self._changed.notify()
         if self._thread is not None:
             self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _watch(self) -> None:
         with self._changed:

@@ -1,5 +1,6 @@
 """A run learns, shows what it does, stops when it is told to, and goes on as if it had not."""
 
+import itertools
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from tbjax.training import loop as loops
 from tbjax.training.config import TrainConfig
 from tbjax.training.evaluation import evaluate
 from tbjax.training.loop import DataEnded, Diverged, make_train_step, train
+from tbjax.training.watchdog import Watchdog
 from tests import processes, tiny
 
 ROWS, SEQUENCE = 8, 16
@@ -129,6 +131,7 @@ def test_five_steps_and_five_more_are_ten(whole, tmp_path, data):
     second = train(model(), data(), TrainConfig(**BASE), checkpoint_dir=tmp_path)
     assert second.step == 10
     assert first.losses + second.losses == whole.losses
+    assert second.records[-1].tokens == whole.records[-1].tokens
     assert same_bits(second.state, whole.state)
 
 
@@ -184,6 +187,32 @@ def test_every_target_of_an_evaluation_weighs_the_same(whole):
     several = iter(data)
     evaluate(whole.model, several, precision="float32", batches=1)
     assert next(several) is data[1]  # no more was taken than was asked for
+
+
+def test_an_evaluation_is_no_hang_as_long_as_its_batches_come(tmp_path, monkeypatch):
+    beats, before = [], []
+    beat = Watchdog.beat
+
+    def counted(self, step, **options):
+        beats.append(step)
+        beat(self, step, **options)
+
+    class HeldOut:
+        def __iter__(self):
+            for number in range(4):
+                before.append(len(beats))
+                yield batch(20 + number)
+
+    monkeypatch.setattr(Watchdog, "beat", counted)
+    train(model(), Batches(), TrainConfig(**BASE | {"steps": 1, "step_timeout": 60}), eval_data=HeldOut())
+    assert [later - earlier for earlier, later in itertools.pairwise(before)] == [1, 1, 1]
+
+
+def test_data_that_cannot_say_in_json_where_it_stands_is_refused_at_once(tmp_path):
+    strange = Batches(np.int64(3))
+    with pytest.raises(TypeError, match=r"state\(\) cannot be saved with the run in .*int64 is not JSON"):
+        train(model(), strange, TrainConfig(**BASE), checkpoint_dir=tmp_path)
+    assert strange.position == 3
 
 
 def test_a_dataset_is_evaluated_once_though_it_has_no_end(whole):

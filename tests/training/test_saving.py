@@ -20,7 +20,7 @@ from tbjax.training import init_state
 from tbjax.training.compression import TopK
 from tbjax.training.config import TrainConfig
 from tbjax.training.loop import train
-from tbjax.training.saving import SaveFailed, Saver, read_progress, saved_steps
+from tbjax.training.saving import SaveFailed, Saver, leeway, read_progress, saved_steps
 from tests import processes
 from tests.training.test_loop import BASE, Batches, arrays, same_bits
 from tests.training.test_loop import CONFIG as SHAPE
@@ -107,7 +107,7 @@ def largest(folder):
 
 
 def test_a_run_goes_on_while_a_checkpoint_is_written_and_what_is_written_is_of_its_step(tmp_path, monkeypatch):
-    """Steps 3 and 4 are done, and take the memory of the state, before the disk has step 2."""
+    """Steps 21 and 22 are done, and take the memory of the state, before the disk has step 20; 23 waits for it."""
     begun, may_end = stored.start, threading.Event()
 
     def slow(folder, arrays, **options):
@@ -123,21 +123,35 @@ def test_a_run_goes_on_while_a_checkpoint_is_written_and_what_is_written_is_of_i
 
     def on_record(record):
         seen.append((record.step, saved_steps(tmp_path)))
-        if record.step == 4:
+        if record.step == 22:
             monkeypatch.undo()
             may_end.set()
 
     monkeypatch.setattr(stored, "start", slow)
-    train(model(), Batches(), TrainConfig(**SHORT | {"save_every": 2, "keep": 9, "steps": 5}), checkpoint_dir=tmp_path,
-          on_record=on_record)  # fmt: skip
-    assert seen[:4] == [(1, []), (2, []), (3, []), (4, [])]
-    two = train(model(), Batches(), TrainConfig(**SHORT | {"steps": 2}))
+    config = TrainConfig(**SHORT | {"save_every": 20, "steps": 23})
+    train(model(), Batches(), config, checkpoint_dir=tmp_path, on_record=on_record)
+    assert seen[19:] == [(20, []), (21, []), (22, []), (23, [20])]
+    twenty = train(model(), Batches(), TrainConfig(**SHORT | {"steps": 20}))
+    shutil.rmtree(tmp_path / "23")
     with Saver(tmp_path) as saver:
-        assert saver.latest == 5
-        shutil.rmtree(tmp_path / "5")
-        shutil.rmtree(tmp_path / "4")
-    with Saver(tmp_path) as saver:
-        assert same_bits(saver.restore(abstract(two.state)), two.state)
+        assert same_bits(saver.restore(abstract(twenty.state)), twenty.state)
+
+
+def test_a_run_that_waits_for_its_checkpoints_takes_no_step_before_they_are_there(tmp_path):
+    seen = []
+    config = TrainConfig(**SHORT | {"save_every": 2, "async_save": False, "steps": 5})
+    train(
+        model(),
+        Batches(),
+        config,
+        checkpoint_dir=tmp_path,
+        on_record=lambda record: seen.append((record.step, saved_steps(tmp_path))),
+    )
+    assert seen == [(1, []), (2, []), (3, [2]), (4, [2]), (5, [2, 4])]
+
+
+def test_a_run_may_go_on_for_a_tenth_of_the_interval():
+    assert [leeway(every) for every in (1, 2, 19, 20, 500)] == [1, 1, 1, 2, 50]
 
 
 def test_memory_that_is_given_up_while_it_is_written_is_not_what_is_written(tmp_path):

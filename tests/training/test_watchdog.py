@@ -7,9 +7,9 @@ import pytest
 from tests import processes
 
 HANGING = """
-import threading
+import contextlib, threading
 from tbjax.training.watchdog import Watchdog
-with Watchdog(0.5, who="process 2 of 4") as watchdog:
+with contextlib.closing(Watchdog(0.5, who="process 2 of 4")) as watchdog:
     for step in range(1, 4):
         watchdog.beat(step)
     def of_the_users():
@@ -18,9 +18,9 @@ with Watchdog(0.5, who="process 2 of 4") as watchdog:
 """
 
 IN_TIME = """
-import time
+import contextlib, time
 from tbjax.training.watchdog import Watchdog
-with Watchdog(1.0) as watchdog, Watchdog(None) as none:
+with contextlib.closing(Watchdog(1.0)) as watchdog, contextlib.closing(Watchdog(None)) as none:
     none.beat(1)
     watchdog.beat(1, longer=True)
     end = time.monotonic() + 1.5

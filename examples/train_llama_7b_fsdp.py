@@ -39,13 +39,12 @@ def main() -> int:
         provide_cpu_devices((VIRTUAL_DEVICES, 1, 1))  # before JAX starts; changes nothing where there is an accelerator
 
     import jax
-
-    if processes > 1:
-        join_torchrun(processes)
-
     import numpy as np
 
     import tbjax
+
+    tbjax.initialize()  # where a launcher started several processes, they are one JAX program now
+
     from tbjax.training import data
     from tbjax.training.config import TrainConfig
 
@@ -114,17 +113,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint_dir", help="where the run is saved, and goes on from")
     parser.add_argument("--output_dir", help="where the trained model is written, as safetensors")
     return parser.parse_args()
-
-
-def join_torchrun(processes: int) -> None:
-    """Make the processes that torchrun started one JAX program, each with its own device."""
-    import jax
-
-    # torchrun's own store listens on MASTER_PORT.
-    coordinator = f"{os.environ['MASTER_ADDR']}:{int(os.environ['MASTER_PORT']) + 1}"
-    jax.distributed.initialize(
-        coordinator, processes, int(os.environ["RANK"]), local_device_ids=[int(os.environ["LOCAL_RANK"])]
-    )
 
 
 if __name__ == "__main__":

@@ -149,12 +149,6 @@ def all_gather(part: jax.Array, over: str | Peers, like: jax.Array) -> jax.Array
     return _joined(jax.lax.all_gather(part, **Peers.along(over).options), like)
 
 
-def own_part(array: jax.Array, over: str | Peers) -> jax.Array:
-    """The part that `reduce_scatter` would leave here, unsummed."""
-    peers = Peers.along(over)
-    return _parts(array, peers.size)[peers.place()]
-
-
 def _each(reduce: Callable[[jax.Array], jax.Array], tree: Tree, peers: Peers) -> Tree:
     return tree if peers.size == 1 else jax.tree.map(lambda a: reduce(jnp.asarray(a)), tree)
 

@@ -79,13 +79,11 @@ def test_groups_sum_apart():
 
 def test_parts_come_together_again():
     def there_and_back(tree, axis):
-        whole = collectives.all_gather(collectives.reduce_scatter(tree, axis), axis, tree)
-        return whole, collectives.all_gather(collectives.own_part(whole, axis), axis, tree)
+        return collectives.all_gather(collectives.reduce_scatter(tree, axis), axis, tree)
 
     given = values(4)["matrix"]
-    whole, again = on(4, there_and_back)(given)
-    np.testing.assert_array_equal(whole[2], given.sum(0))
-    np.testing.assert_array_equal(whole, again)
+    for whole in on(4, there_and_back)(given):
+        np.testing.assert_array_equal(whole, given.sum(0))
 
 
 def collectives_of(size, algorithm, elements):

@@ -254,14 +254,34 @@ _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 def _block(scoring: Scoring, query: jax.Array, key: jax.Array, value: jax.Array, keys: Keys) -> jax.Array:
     """Some of the queries [B, Q, K, G, N], all scores at once."""
-    scores = jnp.einsum("bqkgn,btkn->bkgqt", query, key, preferred_element_type=jnp.float32) * scoring.scale
+    scores = _products(query, key) * scoring.scale
     if scoring.softcap is not None:
         scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
     if scoring.slopes is not None:
         scores = scores + scoring.scale * alibi(scoring.slopes, keys.positions)
     scores = jnp.where(_visible(scoring, keys, key.shape[1]), scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgqt,btkn->bqkgn", weights, value)
+    return _sums(weights, value)
+
+
+# Of a single query, as in decoding, products are spelled out in the order in which a cache lies, heads first. Given an
+# einsum, XLA for the CPU puts keys and values first and turns all of them round, for every token anew.
+_EACH_HEAD = ((0, 1), (0, 1))
+
+
+def _products(query: jax.Array, key: jax.Array) -> jax.Array:
+    """[B, K, G, Q, T], float32"""
+    if query.shape[1] > 1:
+        return jnp.einsum("bqkgn,btkn->bkgqt", query, key, preferred_element_type=jnp.float32)
+    dims = ((3,), (3,)), _EACH_HEAD
+    return jax.lax.dot_general(query[:, 0], key.swapaxes(1, 2), dims, preferred_element_type=jnp.float32)[:, :, :, None]
+
+
+def _sums(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """[B, Q, K, G, N]"""
+    if weights.shape[3] > 1:
+        return jnp.einsum("bkgqt,btkn->bqkgn", weights, value)
+    return jax.lax.dot_general(weights[:, :, :, 0], value.swapaxes(1, 2), (((3,), (2,)), _EACH_HEAD))[:, None]
 
 
 def _visible(scoring: Scoring, keys: Keys, count: int) -> jax.Array:

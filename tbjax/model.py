@@ -31,6 +31,7 @@ from tbjax.layers.linear import as_sharding
 from tbjax.layers.mlp import MLP
 from tbjax.layers.moe import MixtureOfExperts, RouterLoad
 from tbjax.layers.norm import LayerNorm, RMSNorm
+from tbjax.layers.ring import cache_dims
 from tbjax.remat import Remat, rematerialised, row_of
 from tbjax.sharding import Sharding, to_device
 from tbjax.views import Layers
@@ -388,7 +389,7 @@ class Decoder(nnx.Module):
     def _kept(self, cache: jax.Array) -> jax.Array:
         """A stack of keys or values [R, B, K, T, N], in that order in memory: attention would like others best, and the
         compiler would turn the whole stack to please it."""
-        return self.sharding.in_order(cache, None, "batch", "kv_heads", None, None)
+        return self.sharding.in_order(cache, None, *cache_dims(self.config, self.sharding))
 
 
 def with_holes(rows: np.ndarray, stack: jax.Array) -> jax.Array:

@@ -44,6 +44,8 @@ ACTIVATION_AXES: Mapping[str, tuple[str, ...]] = {
     "sequence": ("cp",),
     "heads": ("tp",),
     "kv_heads": ("tp",),
+    "cached": ("cp",),  # tokens of a cache,
+    "all_cached": ("cp", "tp"),  # and where its heads are too few for tp
     "mlp": ("tp",),
     "vocab": ("tp",),
     "experts": ("ep",),

@@ -12,11 +12,12 @@ import numpy as np
 
 from tbjax.config import ModelConfig
 from tbjax.generate.layers import singles
-from tbjax.generate.programs import bucket, chunk_of, decode, prefill
+from tbjax.generate.programs import chunk_of, decode, prefill
 from tbjax.generate.sampling import Rows, keys
 from tbjax.generate.settings import Settings
 from tbjax.generate.stopping import Answer
 from tbjax.model import Decoder
+from tbjax.room import bucket
 
 # Tokens of a dispatch: so many as read smoothly where they are shown as they come; more where they are only looked
 # through for stop strings, behind which at most so many are written in vain.

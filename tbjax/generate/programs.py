@@ -1,9 +1,9 @@
 """The two programs of generation: one reads the prompts, the other writes tokens, both wholly on the device.
 
 Prompts of different lengths are padded on the left, so that all rows end in the same slot; padding is masked, so a
-row's tokens do not depend on its neighbours. Lengths, batches and caches come in few sizes (`bucket`), and every number
-that a call may change is an argument, so that a new call seldom compiles anew. A long prompt is read a chunk at a time,
-from the chunk in which the longest row begins.
+row's tokens do not depend on its neighbours. Lengths, batches and caches come in few sizes (`tbjax.room`), and every
+number that a call may change is an argument, so that a new call seldom compiles anew. A long prompt is read a chunk at
+a time, from the chunk in which the longest row begins.
 
 Writing is a loop on the device, which ends when every row has: one dispatch writes as many tokens as are asked for.
 What it goes on from is a `State`, whose cache is given to each dispatch and written in place.
@@ -21,17 +21,9 @@ import jax.numpy as jnp
 
 from tbjax.generate.sampling import Chosen, Rows, Rules, choose
 from tbjax.layers.cache import KVCache, grown, make_cache
-from tbjax.layers.rope import depends_on_length
 from tbjax.model import Decoder
 from tbjax.pipeline import inference
-
-# The smallest prompt length or capacity that is compiled for.
-SMALLEST_BUCKET = 32
-
-# So many tokens of all rows are read at once: enough to keep any device busy, and few beside what a cache holds.
-TOKENS_AT_ONCE = 8192
-# But of a row no fewer.
-SMALLEST_CHUNK = 512
+from tbjax.room import tokens_at_once
 
 
 class State(NamedTuple):
@@ -43,22 +35,11 @@ class State(NamedTuple):
     rows: Rows
 
 
-def bucket(size: int, smallest: int = SMALLEST_BUCKET) -> int:
-    """`size` rounded up: powers of two, and half-way between them."""
-    if size <= smallest:
-        return smallest
-    power = 1 << (size - 1).bit_length()
-    return power * 3 // 4 if size <= power * 3 // 4 else power
-
-
 def chunk_of(model: Decoder, rows: int, length: int) -> int:
     """How many tokens of each row are read at once, of prompts padded to `length`."""
-    # A rope that turns by the length of the whole must see it.
-    whole = any(depends_on_length(rope) for rope in (model.config.rope, model.config.window_rope))
-    chunk = SMALLEST_CHUNK
-    while 2 * chunk * rows <= TOKENS_AT_ONCE * model.sharding.size("dp", "fsdp", "ep"):
-        chunk *= 2
-    return length if whole or length <= chunk or inference.runs_in_stages(model) else chunk
+    sharding = model.sharding
+    on_device = -(-rows // sharding.size("dp", "fsdp", "ep"))
+    return tokens_at_once(model.config, on_device, length, pp=sharding.size("pp"))
 
 
 @partial(jax.jit, static_argnames=("capacity", "log_probabilities"))
@@ -95,7 +76,7 @@ def _read(model: Decoder, tokens: jax.Array, mask: jax.Array, layers: Any, capac
     if chunk == length:
         # Attention over the prompt alone, and room for what follows behind it.
         hidden = model.hidden(tokens, mask, positions, make(length), layers=layers)
-        return hidden.states[:, -1:], grown(model.config, model.sharding, cast(KVCache, hidden.cache), capacity)
+        return hidden.states[:, -1:], grown(model.config, model.sharding, cast(KVCache, hidden.cache), length, capacity)
 
     def read(number: jax.Array, carry: Any) -> Any:
         cut = partial(jax.lax.dynamic_slice_in_dim, start_index=number * chunk, slice_size=chunk, axis=1)

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tbjax.generate.engine import check_tokens
-from tbjax.generate.programs import bucket
 from tbjax.model import Decoder
 from tbjax.pipeline import inference
+from tbjax.room import bucket
 
 # Positions whose scores over the vocabulary stand in memory at once, of each row.
 STRETCH = 32

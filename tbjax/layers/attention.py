@@ -25,6 +25,7 @@ from tbjax.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tbjax.layers.norm import RMSNorm
 from tbjax.layers.ring import LayerCache
 from tbjax.layers.rope import rotate
+from tbjax.room import heads_are_whole
 from tbjax.sharding import Sharding
 
 
@@ -47,6 +48,11 @@ class HeadLayout(NamedTuple):
 
         repeat = min(range(1, queries + 1), key=cost)
         return cls(kv_heads, queries, repeat, -kv_heads * repeat % tp)
+
+    @classmethod
+    def stored(cls, heads: int, kv_heads: int) -> "HeadLayout":
+        """As the weights have them."""
+        return cls(kv_heads, heads // kv_heads, 1, 0)
 
     @property
     def plain(self) -> bool:
@@ -126,15 +132,19 @@ class Attention(nnx.Module):
             query, key = rotate(query, *angles), rotate(key, *angles)
         # Only where attention takes it in parts does the sequence stay cut.
         sequence = "sequence" if isinstance(keys, CutKeys) else None
-        query = self._over_heads(self.layout.spread_queries(query), sequence)
-        key, value = (self._over_heads(self.layout.spread_keys(a), sequence) for a in (key, value))
+        layout = self.layout
+        if cache is not None and heads_are_whole(self.config, self.sharding.size("tp")):
+            layout = HeadLayout.stored(self.config.heads, self.config.kv_heads)
+        query = self._over_heads(layout.spread_queries(query), sequence)
+        key, value = (self._over_heads(layout.spread_keys(a), sequence) for a in (key, value))
+        scoring = self._scoring(layout)
         if isinstance(keys, CutKeys):
-            out = attend_over_context(query, key, value, keys, self._scoring(), self.sharding)
+            out = attend_over_context(query, key, value, keys, scoring, self.sharding)
         else:
             if cache is not None:
-                cache, key, value, keys = cache.write(key, value, keys)
-            out = attend(query, key, value, keys, self._scoring(), self.sharding)
-        out = checkpoint_name(self.layout.collect(self._whole(self._over_heads(out, sequence))), "attended")
+                cache, key, value, keys = cache.write(key, value, keys, self.config, self.sharding)
+            out = attend(query, key, value, keys, scoring, self.sharding)
+        out = checkpoint_name(layout.collect(self._whole(self._over_heads(out, sequence))), "attended")
         return self.output(out.reshape(*out.shape[:2], -1)), cache
 
     def _whole(self, a: jax.Array) -> jax.Array:
@@ -151,12 +161,12 @@ class Attention(nnx.Module):
             return query, key
         return self.query_norm(query), self.key_norm(key)
 
-    def _scoring(self) -> Scoring:
+    def _scoring(self, layout: HeadLayout) -> Scoring:
         config = self.config
         slopes = None
         if config.alibi:
             with jax.ensure_compile_time_eval():
-                spread = self.layout.spread_queries(jnp.asarray(alibi_slopes(config.heads)).reshape(1, 1, -1, 1))
+                spread = layout.spread_queries(jnp.asarray(alibi_slopes(config.heads)).reshape(1, 1, -1, 1))
                 slopes = tuple(tuple(group) for group in np.asarray(spread)[0, 0, :, :, 0].tolist())
         return Scoring(
             scale=config.head_dim**-0.5 if config.query_scale is None else config.query_scale,

@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from tbjax.layers.attention import HeadLayout
-from tbjax.layers.cache import KVCache
-from tbjax.layers.ring import LayerCache
+from tbjax.layers.cache import KVCache, heads_of
+from tbjax.layers.ring import LayerCache, cache_dims, parts_of
 from tbjax.model import Decoder, Surroundings
 from tbjax.pipeline.execute import pipelined_hidden
 from tbjax.pipeline.schedule import ForwardOnly
 from tbjax.pipeline.stages import Stage, over_stages
+from tbjax.room import in_stages, slots
 
 # Of each position in the pattern the keys and the values, [L, G, B, K, T, N].
 Caches = list[LayerCache]
@@ -50,7 +50,7 @@ class Unanswered(NamedTuple):
 
 def runs_in_stages(model: Decoder) -> bool:
     """Whether a model is run by this file: it lies over stages, and its layers follow one pattern."""
-    return model.sharding.size("pp") > 1 and len(model.config.groups) == 1
+    return in_stages(model.config, model.sharding.size("pp"))
 
 
 def logits(model: Decoder, tokens: Any, mask: Any = None, positions: Any = None, segments: Any = None) -> jax.Array:
@@ -85,7 +85,7 @@ def prefill(
 
     `rows` is what `pick` has to know of them, in arrays over the batch.
     """
-    batch = tokens.shape[0]
+    batch, capacity = tokens.shape[0], slots(None, capacity, capacity, parts_of(model.config, model.sharding))
     shape = deal(batch, model)
     tokens, mask, rows = jax.tree.map(lambda a: _grouped(jnp.asarray(a), shape), (tokens, mask, rows))
 
@@ -127,7 +127,7 @@ def decode(model: Decoder, state: Any, written: Any, pick: Pick, eos: jax.Array,
 
     def work(stage: "_Stage", given: tuple[Any, ...], caches: Caches) -> tuple[Any, Caches]:
         first, done, rows, written, valid, length, eos, count, turns = given
-        slots = jnp.arange(valid.shape[-1])
+        numbers = jnp.arange(valid.shape[-1])
 
         def tick(number: jax.Array, carry: Any) -> Any:
             x, caches, written, kept = carry
@@ -135,7 +135,7 @@ def decode(model: Decoder, state: Any, written: Any, pick: Pick, eos: jax.Array,
             step = (number - stage.index - group) // stage.cut.stages
             mine = (group < shape[0]) & (step >= 0) & (step < count)
             group, step = jnp.minimum(group, shape[0] - 1), jnp.clip(step, 0, jnp.maximum(count - 1, 0))
-            known = valid[group] | ((slots >= length) & (slots < length + step))
+            known = valid[group] | ((numbers >= length) & (numbers < length + step))
             position = jnp.sum(known, axis=1, keepdims=True)
             begun = first[group][:, None]  # what the state ends with; of later ones only the states come by
             around = stage.model.surroundings(begun, None, position, KVCache([], known, length + step))
@@ -173,8 +173,8 @@ def decode(model: Decoder, state: Any, written: Any, pick: Pick, eos: jax.Array,
     given = *grouped, cache.valid, cache.length, eos, jnp.asarray(count), turns
     found, caches = _serve(work, model, (given, cache.layers[0]), (PartitionSpec(), _OWN))
     written, (token, done, rows) = jax.tree.map(lambda a: _together(a, batch), found)
-    slots = jnp.arange(cache.valid.shape[-1])
-    valid = cache.valid | ((slots >= cache.length) & (slots < cache.length + count))
+    numbers = jnp.arange(cache.valid.shape[-1])
+    valid = cache.valid | ((numbers >= cache.length) & (numbers < cache.length + count))
     cache = KVCache([caches], valid, cache.length + count)
     return written, state._replace(cache=cache, token=token, done=done, rows=rows)
 
@@ -201,8 +201,8 @@ class _Stage(Stage):
 
     def caches(self, shape: tuple[int, ...], capacity: int) -> Caches:
         """Empty caches for the stage's layers, of groups [G, B]."""
-        config, tp = self.model.config, self.model.sharding.size("tp")
-        heads = HeadLayout.fit(config.heads, config.kv_heads, tp).total
+        config = self.model.config
+        heads = heads_of(config, self.model.sharding)
         empty = jnp.zeros((self.cut.rows, *shape, heads, capacity, config.head_dim), self.model.dtype)
         empty = _kept(self.model, empty)
         return [LayerCache(empty, empty) for _ in config.groups[0].pattern]
@@ -263,7 +263,7 @@ def _serve(
 
 def _kept(model: Decoder, cache: jax.Array) -> jax.Array:
     """A cache in one order in memory, see `Decoder`."""
-    return model.sharding.in_order(cache, None, None, "batch", "kv_heads", None, None)
+    return model.sharding.in_order(cache, None, None, *cache_dims(model.config, model.sharding))
 
 
 def _grouped(array: jax.Array, shape: tuple[int, int]) -> jax.Array:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import tbjax
-from tbjax import LayerKind, ModelConfig
-from tbjax.generate import Settings, decode, generate, layers, prefill, programs, write
-from tbjax.layers.ring import slots
+from tbjax import LayerKind, ModelConfig, room
+from tbjax.generate import Settings, decode, generate, layers, prefill, write
+from tbjax.layers.ring import slots_at
 from tbjax.mesh import make_mesh
 from tbjax.sharding import leaves
 
@@ -85,11 +85,14 @@ def test_nothing_compiles_for_new_lengths_batches_budgets_and_numbers(model):
 def test_long_prompts_in_chunks(model, monkeypatch):
     prompts = [np.random.default_rng(n).integers(0, 257, length).tolist() for n, length in enumerate((70, 3, 100))]
     whole = generate(model, prompts, max_new_tokens=12)
-    monkeypatch.setattr(programs, "SMALLEST_CHUNK", 16)
-    monkeypatch.setattr(programs, "TOKENS_AT_ONCE", 16)
+    monkeypatch.setattr(room, "SMALLEST_CHUNK", 16)
+    monkeypatch.setattr(room, "TOKENS_AT_ONCE", 16)
     prefill.clear_cache()
     assert generate(model, prompts, max_new_tokens=12) == whole
     assert generate(model, prompts[1:2], max_new_tokens=12) == whole[1:2]
+    # And where devices share out the tokens of a cache.
+    cut = model.moved(make_mesh({"cp": 2, "tp": 4}, jax.devices()))
+    assert generate(cut, prompts, max_new_tokens=12) == whole
     prefill.clear_cache()
 
 
@@ -111,7 +114,7 @@ def test_layers_in_arrays_of_their_own_are_views_and_write_the_same(model, greed
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"cp": 2, "tp": 2}, pytest.param({"pp": 2, "tp": 2, "dp": 2}, marks=pytest.mark.slow)], ids=str
+    "mesh", [{"cp": 2, "tp": 2}, pytest.param({"pp": 2, "tp": 4}, marks=pytest.mark.slow)], ids=str
 )
 def test_other_meshes_write_and_draw_the_same(model, greedy, mesh):
     count = int(np.prod([*mesh.values()]))
@@ -123,7 +126,7 @@ def test_other_meshes_write_and_draw_the_same(model, greedy, mesh):
 
 def test_a_ring_keeps_the_last_slots():
     for length in range(1, 12):
-        places = np.asarray(slots(np.int32(length), 4))
+        places = np.asarray(slots_at(np.int32(length), 4))
         there = {int(slot) for slot in places if slot >= 0}
         assert there == set(range(max(0, length - 4), length))
         assert all(slot % 4 == place for place, slot in enumerate(places) if slot >= 0)

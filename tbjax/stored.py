@@ -15,7 +15,10 @@ is what Orbax reads with, straight into a buffer and from there to a device: Orb
 """
 
 import asyncio
+import contextlib
+import logging
 import math
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +70,32 @@ def finish(folder: Path) -> None:
     handler = ocp.PyTreeCheckpointHandler()
     handler.finalize(epath.Path(folder))
     handler.close()
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Leave it to the error that a write raises to say what went wrong.
+
+    Orbax logs it too, with a traceback for every thread that it passes through, and Python what TensorStore still has
+    to say to an event loop that has ended by then.
+    """
+    orbax, before = logging.getLogger("absl"), sys.unraisablehook
+
+    def unheard(record: logging.LogRecord) -> bool:
+        return "_SignalingThread.run() raised an exception" not in record.getMessage()
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    orbax.addFilter(unheard)
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        orbax.removeFilter(unheard)
+        if sys.unraisablehook is hook:
+            sys.unraisablehook = before
 
 
 def shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:

@@ -12,6 +12,7 @@ The threads meet at a barrier of the coordination service, not in a collective, 
 steps that the devices are doing meanwhile. `wait` is a collective: all processes call it, after the same steps.
 """
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -61,6 +62,8 @@ class Writing:
         self._afterwards, self._on_error = afterwards, on_error
         self._number = next(_numbers)
         in_first_process(lambda: self._make_room(check))
+        self._hush = contextlib.ExitStack()
+        self._hush.enter_context(stored.hushed())
         self._waits: list[Callable[[], None]] = []
         try:
             for item, values in arrays.items():
@@ -108,6 +111,7 @@ class Writing:
             if first:
                 shutil.rmtree(self._partial, ignore_errors=True)  # a full disk has use for the room
             self._on_error(self.error)
+        self._hush.close()
 
     def _write_part(self) -> None:
         for wait in self._waits:

@@ -401,6 +401,7 @@ def test_a_full_disk_is_said_keeps_what_is_there_and_costs_the_run_nothing(tmp_p
         assert again.began > before
         again.kill()
     assert "No space left on device" in victim.text
+    assert "Traceback" not in victim.text  # the error has said it
 
 
 # Several processes.

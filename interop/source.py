@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from interop.advice import transformers
 from interop.readers import Checkpoint, CheckpointError, open_checkpoint
 from interop.readers.base import SourceTensor, UntrustedPickle
 from interop.readers.gguf import parse
@@ -179,13 +180,12 @@ def normalize_config(
                 f"{where}: {field}={layers} is not supported: no more than {MOST_LAYERS} layers are done."
             )
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING
 
     # The class is chosen here and not by AutoConfig, which would look at `auto_map`, that is, at code.
     dtype = config.get("dtype", config.get("torch_dtype"))
     values = {key: value for key, value in config.items() if key not in KEPT_BACK}
     try:
-        return CONFIG_MAPPING[model_type].from_dict(values).to_dict() | {"dtype": dtype}
+        return transformers().CONFIG_MAPPING[model_type].from_dict(values).to_dict() | {"dtype": dtype}
     except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{where}: transformers cannot make sense of it: {reason}") from error

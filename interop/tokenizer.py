@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
+from interop.advice import transformers
 from interop.readers.gguf import parse
 
 log = logging.getLogger(__name__)
@@ -115,21 +116,18 @@ def _write(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def _from_files(files: Mapping[str, bytes]) -> Any:
-    from transformers import AutoTokenizer
-
     with tempfile.TemporaryDirectory() as folder:
         _write(files, Path(folder))
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def _from_gguf(file: Path, kind: str) -> Any:
     """Rebuilt by `transformers`."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     # For a byte-level vocabulary the two give the same tokenizer (there is a test), but AutoTokenizer first reads the
     # whole file again for a config that it does not need, which takes twice as long as the rest.
     if kind == "gpt2":
-        return PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    return AutoTokenizer.from_pretrained(
+        fast = transformers().PreTrainedTokenizerFast
+        return fast.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    return transformers().AutoTokenizer.from_pretrained(
         file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
     )

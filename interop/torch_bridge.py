@@ -68,7 +68,10 @@ def to_torch(model: "CausalLM", *, dtype: Any = None) -> "transformers.PreTraine
 
     Its parameters are made when their values arrive, gathered tensor by tensor: the host holds the weights once.
     """
-    import torch
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError("a PyTorch model is made of PyTorch: pip install 'tbjax[interop]'.") from error
     import transformers
 
     if model.origin is None:

@@ -210,7 +210,9 @@ class _Store:
                 TCPStore,  # pyright: ignore[reportPrivateImportUsage] (public, says its documentation)
             )
         except ImportError as error:
-            raise ImportError("torchrun's store speaks PyTorch's own protocol: install torch here too.") from error
+            raise ImportError(
+                "torchrun's store speaks PyTorch's own protocol: pip install 'tbjax[interop]' here too."
+            ) from error
         host, _, port = address.rpartition(":")
         try:
             self._store = TCPStore(host, int(port), is_master=False, timeout=datetime.timedelta(seconds=timeout))

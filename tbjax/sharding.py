@@ -268,7 +268,9 @@ class Sharding:
         if moved > STATIONARY_SHARE * kept:
             if isinstance(weight, QuantizedWeight):
                 return quantized_matmul(x, *self.parts(weight))
-            matmul = weights.matmul_summed_wide if self.sums_wide(x.dtype) else weights.matmul
+            if self.sums_wide(x.dtype):
+                return weights.matmul_summed_wide(x, self.use(weight, x.dtype))
+            matmul = weights.matmul_turning_less if self.platform == "cpu" else weights.matmul
             return matmul(x, self.use(weight, x.dtype))
         leading = leading_dims(x)
         x = self.lay(x, self.activation((*leading, weight.dims[1]), x.shape, STATIONARY_AXES))

@@ -109,6 +109,29 @@ def _matmul_summed_wide_backward(kept: Any, gradient: jax.Array) -> Any:
 matmul_summed_wide.defvjp(_matmul_summed_wide_forward, _matmul_summed_wide_backward)
 
 
+@jax.custom_vjp
+def matmul_turning_less(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x Wᵀ, for CPUs. Their matmul takes its left operand row by row, so of the two that make the weight's gradient one
+    is turned around in memory first, together with all that leads to it: here it is the narrower of them."""
+    return matmul(x, weight)
+
+
+def _matmul_turning_less_forward(x: jax.Array, weight: jax.Array) -> Any:
+    return matmul(x, weight), (x, weight)
+
+
+def _matmul_turning_less_backward(kept: Any, gradient: jax.Array) -> Any:
+    x, weight = kept
+    if x.shape[-1] <= gradient.shape[-1]:
+        of_weight = jnp.einsum("...i,...o->io", x, gradient).T
+    else:
+        of_weight = jnp.einsum("...o,...i->oi", gradient, x)
+    return jnp.einsum("...o,oi->...i", gradient, weight), of_weight
+
+
+matmul_turning_less.defvjp(_matmul_turning_less_forward, _matmul_turning_less_backward)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def take(table: jax.Array, tokens: jax.Array, rows: int) -> jax.Array:
     """The rows of `tokens`. A row's gradient is summed in float32: thousands of tokens may share one."""

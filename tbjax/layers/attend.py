@@ -209,42 +209,56 @@ KERNELS: Mapping[str, Kernel] = {
 # keeps what it finds would keep the scores.
 
 
+class _Sums(NamedTuple):
+    """What the softmax of each query [B, S, K, G] was made of, from which its weights are known again."""
+
+    highest: jax.Array  # of its scores
+    share: jax.Array  # one over the sum of the exponentials of its scores less the highest; zero of no query
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _blockwise(
     scoring: Scoring, block: int, query: jax.Array, key: jax.Array, value: jax.Array, keys: Keys
 ) -> jax.Array:
+    return _summed_blockwise(scoring, block, query, key, value, keys)[0]
+
+
+def _summed_blockwise(
+    scoring: Scoring, block: int, query: jax.Array, key: jax.Array, value: jax.Array, keys: Keys
+) -> tuple[jax.Array, _Sums]:
     if block >= query.shape[1]:
         return _block(scoring, query, key, value, keys)
 
-    def step(_: None, queries: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+    def step(_: None, queries: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, _Sums]]:
         return None, _block(scoring, queries[0], key, value, keys._replace(query_slots=queries[1]))
 
-    _, out = jax.lax.scan(step, None, in_blocks(block, (query, keys.query_slots)))
-    return joined(out, query.shape[1])
+    _, blocks = jax.lax.scan(step, None, in_blocks(block, (query, keys.query_slots)))
+    return jax.tree.map(lambda a: joined(a, query.shape[1]), blocks)
 
 
 def _blockwise_forward(
     scoring: Scoring, block: int, query: jax.Array, key: jax.Array, value: jax.Array, keys: Keys
 ) -> Any:
-    return _blockwise(scoring, block, query, key, value, keys), (query, key, value, keys)
+    out, sums = _summed_blockwise(scoring, block, query, key, value, keys)
+    return out, (query, key, value, keys, out, sums)
 
 
 def _blockwise_backward(scoring: Scoring, block: int, kept: Any, of_out: jax.Array) -> Any:
-    query, key, value, keys = kept
+    query, key, value, keys, *rest = kept
 
-    def step(carry: Any, queries: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
-        query, slots, of_out = queries
-        part = partial(_block, scoring, keys=keys._replace(query_slots=slots))
-        _, pull = jax.vjp(part, query, key, value)
-        of_query, *of_rest = pull(of_out)
-        return jax.tree.map(lambda total, new: total + new.astype(total.dtype), carry, tuple(of_rest)), of_query
+    def pull(query: jax.Array, slots: jax.Array, *rest: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return _block_gradients(scoring, query, key, value, keys._replace(query_slots=slots), *rest)
 
     if block >= query.shape[1]:
-        _, pull = jax.vjp(partial(_block, scoring, keys=keys), query, key, value)
-        return *pull(of_out), None
+        return *pull(query, keys.query_slots, *rest, of_out), None
+
+    def step(carry: Any, queries: Any) -> Any:
+        of_query, *of_rest = pull(*queries)
+        return jax.tree.map(lambda total, new: total + new.astype(total.dtype), carry, tuple(of_rest)), of_query
+
     # Summed over the blocks in float32, whatever the precision of keys and values.
     zeros = tuple(jnp.zeros_like(a, jnp.float32) for a in (key, value))
-    queries = in_blocks(block, (query, keys.query_slots, of_out))
+    queries = in_blocks(block, (query, keys.query_slots, *rest, of_out))
     (of_key, of_value), of_query = jax.lax.scan(step, zeros, queries)
     return joined(of_query, query.shape[1]), of_key.astype(key.dtype), of_value.astype(value.dtype), None
 
@@ -252,36 +266,73 @@ def _blockwise_backward(scoring: Scoring, block: int, kept: Any, of_out: jax.Arr
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
-def _block(scoring: Scoring, query: jax.Array, key: jax.Array, value: jax.Array, keys: Keys) -> jax.Array:
-    """Some of the queries [B, Q, K, G, N], all scores at once."""
-    scores = _products(query, key) * scoring.scale
-    if scoring.softcap is not None:
-        scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
-    if scoring.slopes is not None:
-        scores = scores + scoring.scale * alibi(scoring.slopes, keys.positions)
-    scores = jnp.where(_visible(scoring, keys, key.shape[1]), scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return _sums(weights, value)
-
-
-# Of a single query, as in decoding, products are spelled out in the order in which a cache lies, heads first. Given an
-# einsum, XLA for the CPU puts keys and values first and turns all of them round, for every token anew.
+# Products are spelled out in the order in which a cache lies, heads first. Given an einsum for the one query of
+# decoding, XLA for the CPU puts keys and values first and turns all of them round, for every token anew.
 _EACH_HEAD = ((0, 1), (0, 1))
+
+
+def _block(scoring: Scoring, query: jax.Array, key: jax.Array, value: jax.Array, keys: Keys) -> tuple[jax.Array, _Sums]:
+    """Some of the queries [B, Q, K, G, N], all scores at once."""
+    (query,), (key, value) = _heads_first(query), _keys_heads_first(key, value)
+    scores = _scored(scoring, keys, _products(query, key))
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    exponentials = jnp.exp(scores - highest)
+    share = 1 / jnp.sum(exponentials, axis=-1, keepdims=True)
+    weights = (exponentials * share).astype(value.dtype)
+    out = jax.lax.dot_general(weights, value, (((4,), (2,)), _EACH_HEAD))
+    return jnp.moveaxis(out, 3, 1), _Sums(*(jnp.moveaxis(a[..., 0], 3, 1) for a in (highest, share)))
+
+
+def _block_gradients(
+    scoring: Scoring,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    keys: Keys,
+    out: jax.Array,
+    sums: _Sums,
+    of_out: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Those of `_block`'s queries, keys and values. Of a softmax's gradient the part that sums over all keys is the
+    product of what came out and its gradient, so nothing is summed over the scores."""
+    (query, of_out), (key, value) = _heads_first(query, of_out), _keys_heads_first(key, value)
+    scores, pull = jax.vjp(partial(_scored, scoring, keys), _products(query, key))
+    highest, share = (a[..., None] for a in _heads_first(*sums))
+    weights = jnp.exp(scores - highest) * share
+    of_weights = jnp.einsum("bkgqn,bktn->bkgqt", of_out, value, preferred_element_type=jnp.float32)
+    shared = jnp.sum(_heads_first(out)[0].astype(jnp.float32) * of_out.astype(jnp.float32), axis=-1, keepdims=True)
+    (of_products,) = pull(weights * (of_weights - shared))
+    of_products, weights = of_products.astype(query.dtype), weights.astype(value.dtype)
+    of_query = jnp.einsum("bkgqt,bktn->bkgqn", of_products, key)
+    # Written so that where a CPU has to turn an operand it is not the scores.
+    of_key = jnp.einsum("bkgqn,bkgqt->bknt", query, of_products)
+    of_value = jnp.einsum("bkgqn,bkgqt->bknt", of_out, weights)
+    return jnp.moveaxis(of_query, 3, 1), jnp.moveaxis(of_key, 3, 1), jnp.moveaxis(of_value, 3, 1)
+
+
+def _heads_first(*queries: jax.Array) -> list[jax.Array]:
+    """Each [B, Q, K, G, ...] as [B, K, G, Q, ...]. Otherwise a CPU would turn the scores, which are far larger."""
+    return [jnp.moveaxis(a, 1, 3) for a in queries]
+
+
+def _keys_heads_first(*keys: jax.Array) -> list[jax.Array]:
+    """Each [B, T, K, N] as [B, K, T, N]."""
+    return [jnp.moveaxis(a, 1, 2) for a in keys]
 
 
 def _products(query: jax.Array, key: jax.Array) -> jax.Array:
     """[B, K, G, Q, T], float32"""
-    if query.shape[1] > 1:
-        return jnp.einsum("bqkgn,btkn->bkgqt", query, key, preferred_element_type=jnp.float32)
-    dims = ((3,), (3,)), _EACH_HEAD
-    return jax.lax.dot_general(query[:, 0], key.swapaxes(1, 2), dims, preferred_element_type=jnp.float32)[:, :, :, None]
+    return jax.lax.dot_general(query, key, (((4,), (3,)), _EACH_HEAD), preferred_element_type=jnp.float32)
 
 
-def _sums(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """[B, Q, K, G, N]"""
-    if weights.shape[3] > 1:
-        return jnp.einsum("bkgqt,btkn->bqkgn", weights, value)
-    return jax.lax.dot_general(weights[:, :, :, 0], value.swapaxes(1, 2), (((3,), (2,)), _EACH_HEAD))[:, None]
+def _scored(scoring: Scoring, keys: Keys, products: jax.Array) -> jax.Array:
+    """The scores that the products of queries and keys give."""
+    scores = products * scoring.scale
+    if scoring.softcap is not None:
+        scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
+    if scoring.slopes is not None:
+        scores = scores + scoring.scale * alibi(scoring.slopes, keys.positions)
+    return jnp.where(_visible(scoring, keys, products.shape[-1]), scores, MASKED)
 
 
 def _visible(scoring: Scoring, keys: Keys, count: int) -> jax.Array:

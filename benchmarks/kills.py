@@ -9,7 +9,9 @@ that is being written, a checkpoint in its place, or nothing but time), and kill
 - every loss that any of the runs reports is, to the last bit, that of a run that was never killed.
 """
 
+import contextlib
 import dataclasses
+import os
 import random
 import time
 from collections.abc import Callable
@@ -127,13 +129,13 @@ def _moment(draw: random.Random, run: Path, victim: Victim) -> tuple[str, Callab
 
 
 def _written(run: Path) -> dict[str, int]:
-    """What lies in the checkpoint that is being written."""
+    """What lies in the checkpoint that is being written, which may be renamed at any moment."""
     sizes = []
-    for path in run.glob(".*.partial/**/*"):
-        try:
-            sizes.append(path.stat().st_size if path.is_file() else 0)
-        except FileNotFoundError:  # renamed meanwhile
-            continue
+    for partial in run.glob(".*.partial"):
+        for parent, _, names in os.walk(partial):  # it passes over what is gone
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    sizes.append(os.stat(os.path.join(parent, name)).st_size)
     return {"bytes": sum(sizes), "files": len(sizes)}
 
 
@@ -141,8 +143,8 @@ def _most(kind: str, run: Path) -> int:
     """What a checkpoint in its place has: no more is to be waited for."""
     for step in reversed(saved_steps(run)):
         try:
-            files = list((run / str(step)).rglob("*"))
-            found = {"bytes": sum(path.stat().st_size for path in files if path.is_file()), "files": len(files)}
+            sizes = [path.stat().st_size for path in (run / str(step)).rglob("*") if path.is_file()]
+            found = {"bytes": sum(sizes), "files": len(sizes)}
         except FileNotFoundError:
             continue
         return max(1, int(0.95 * found[kind]))

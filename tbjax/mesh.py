@@ -12,10 +12,11 @@ user gave is never changed.
 """
 
 import collections
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import jax
 import numpy as np
@@ -75,6 +76,10 @@ def make_mesh(spec: MeshSpec = None, devices: Sequence[Any] | None = None) -> Me
         return Mesh(grid, (*lacking, *spec.axis_names), axis_types=(AxisType.Auto,) * len(AXES))
     devices = jax.devices() if devices is None else list(devices)
     sizes = axis_sizes(spec, len(devices))
+    if len(devices) > 1 and devices[0].platform == "cpu":
+        settings = cast(Any, jax.config)  # its names are made as JAX is imported, so types do not know them
+        if settings.jax_enable_compilation_cache:
+            _warn_of_stored_programs(settings.jax_compilation_cache_dir)
     mesh = Mesh(_grid(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     if "tp" in crossing_axes(mesh):
         log.warning(
@@ -85,6 +90,22 @@ def make_mesh(spec: MeshSpec = None, devices: Sequence[Any] | None = None) -> Me
             min(collections.Counter(map(_domain, devices)).values()),
         )
     return mesh
+
+
+@functools.cache
+def _warn_of_stored_programs(folder: str | None) -> None:
+    """Says once that programs kept in `folder`, if any, may hang.
+
+    One that XLA for the CPU reads back has lost the order between collectives in loops or branches and those outside:
+    every sequence of operations gets a communicator of its own, where a program just compiled has one for all. Devices
+    may then wait for each other in different collectives, for ever.
+    """
+    if folder:
+        log.warning(
+            "JAX keeps compiled programs in %s: with several CPU devices one that is read back may hang, as XLA loses "
+            "the order of its collectives. JAX_ENABLE_COMPILATION_CACHE=false leaves them alone.",
+            folder,
+        )
 
 
 def _grid(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:

@@ -95,3 +95,16 @@ def test_slices_are_crossed_by_the_outermost_axes():
 def test_a_mesh_that_cannot_be_laid_over_slices_says_so():
     with pytest.raises(ValueError, match="cannot be laid over 2 slices"):
         steps_over_slices({"dp": 1, "fsdp": 3, "tp": 1}, 2)
+
+
+def test_several_cpu_devices_and_stored_programs_are_warned_of_once(tmp_path, caplog):
+    before = {name: getattr(jax.config, name) for name in ("jax_enable_compilation_cache", "jax_compilation_cache_dir")}
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        for enabled, devices, warnings in ((False, 8, 0), (True, 1, 0), (True, 8, 1), (True, 8, 1)):
+            jax.config.update("jax_enable_compilation_cache", enabled)
+            make_mesh({"fsdp": devices}, jax.devices()[:devices])
+            assert caplog.text.count("may hang") == warnings
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

@@ -4,7 +4,8 @@
     python -m benchmarks.elastic --cut     # two hosts in network namespaces, and the link between them is cut (root)
 
 A host is a torchrun agent with its workers, all on this machine; each worker has one CPU device. Its death is SIGKILL
-to a worker in the middle of a step, and then to all the rest of it. The run is `tbjax train`, unchanged.
+to a worker in the middle of a step, and then to all the rest of it. The run is `tbjax train --mesh plan`: the planner
+lays it out anew for the devices that are left. The run beside it, which nothing disturbs, keeps to one mesh.
 """
 
 import argparse
@@ -98,6 +99,7 @@ class Outcome:
 
     changes: list[Change]
     processes: list[int]  # that took part, one number for each time that the run was started
+    meshes: set[str]  # that the planner chose on the way
     losses: dict[int, float]  # by step; of a step that was done again, the last
     undisturbed: dict[int, float]
     data: tuple[Any, Any]  # where the data stood at the end, of either
@@ -110,7 +112,7 @@ class Outcome:
 def kill_and_return(folder: Path, steps: int = 60) -> Outcome:
     """Four workers on two hosts; one host dies in a step, two workers go on, the host comes back."""
     data = _prepare(folder)
-    arguments, log = _training(folder, data, steps, "elastic"), folder / "elastic.jsonl"
+    arguments, log = [*_training(folder, data, steps, "elastic"), "--mesh", "plan"], folder / "elastic.jsonl"
     port, variables = _free_port(), _variables(1)
 
     def start(name: str) -> Agent:
@@ -137,12 +139,15 @@ def kill_and_return(folder: Path, steps: int = 60) -> Outcome:
         changes.append(_change("2 workers joined 2", since, again, reached))
         _wait(lambda: first.process.poll() == 0 and third.process.poll() == 0, [first, third], ending=True)
         processes = _sessions(first)
+        said = "".join(agent.text for agent in (first, second, third))
+        meshes = set(re.findall(r"tbjax: mesh (\(.*?\)|\{.*?\}), as the planner", said))
     undisturbed = folder / "undisturbed.jsonl"
     alone = [sys.executable, "-m", "tbjax", *_training(folder, data, steps, "undisturbed"), "--mesh", "1,4,1"]
     subprocess.run(alone, env=_variables(4), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return Outcome(
         changes=changes,
         processes=processes,
+        meshes=meshes,
         losses={record["step"]: record["loss"] for record in _records(log)},
         undisturbed={record["step"]: record["loss"] for record in _records(undisturbed)},
         data=(_data_at_end(folder / "elastic-run"), _data_at_end(folder / "undisturbed-run")),
@@ -155,7 +160,7 @@ def cut_the_link(folder: Path, steps: int = 60) -> tuple[Change, tuple[str, str]
     The one that keeps the rendezvous goes on alone. The worker of the other ends too; its agent has nobody to ask.
     """
     data = _prepare(folder)
-    arguments, log = _training(folder, data, steps, "cut"), folder / "cut.jsonl"
+    arguments, log = [*_training(folder, data, steps, "cut"), "--mesh", "plan"], folder / "cut.jsonl"
     with _two_hosts(folder) as hosts:
 
         def start(number: int) -> Agent:
@@ -349,7 +354,7 @@ def main() -> None:
         outcome = kill_and_return(Path(folder), asked.steps)
     for change in outcome.changes:
         print(f"{change.what}: {change.seconds:.0f} s lost, {change.repeated} steps done again")
-    print(f"workers, by start: {', '.join(map(str, outcome.processes))}")
+    print(f"workers, by start: {', '.join(map(str, outcome.processes))}; meshes: {', '.join(sorted(outcome.meshes))}")
     print(
         f"loss against the undisturbed run, largest difference of {asked.steps} steps: "
         f"{outcome.largest_difference:.1e}; data at the same place: {outcome.data[0] == outcome.data[1]}"

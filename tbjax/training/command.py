@@ -153,7 +153,8 @@ def train(
             "--async-save/--no-async-save",
             rich_help_panel=_OUTPUT,
             show_default="async-save",
-            help="Go on while a checkpoint is written, with a copy of the state in the host's memory.",
+            help="Go on while a checkpoint is written, for a tenth of --save-every, with a copy of the state in the "
+            "host's memory.",
         ),
     ] = None,
     on_failed_save: Annotated[
@@ -243,6 +244,7 @@ def train(
         waits = {"timeout": meeting_timeout, "heartbeat_timeout": heartbeat_timeout}
         join_hosts(shape, quiet=quiet, **waits)
         import tbjax
+        from tbjax.mesh import spell
         from tbjax.training import data as datasets
         from tbjax.training.logs import writes
         from tbjax.training.loop import train as run
@@ -252,6 +254,9 @@ def train(
         settings = as_begun(settings, checkpoint_dir)
         if mesh == "plan":
             shape = _planned(model, settings, sharding, revision)
+            if writes() and not quiet:
+                console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+                console.print(f"tbjax: mesh {spell(shape.mesh)}, as the planner has it for what is here")
         settings = settings.with_plan(shape if mesh == "plan" else None)
         loaded = tbjax.load(model, shape, dtype=DTYPES[settings.precision or "mixed"][0], **options)
         made = {

@@ -1,6 +1,8 @@
 """A run whose hosts come and go, with real agents, workers and kills (told in `benchmarks.elastic`)."""
 
 import itertools
+import math
+import re
 
 import pytest
 
@@ -13,6 +15,8 @@ STEPS = 32
 def test_a_host_dies_in_a_step_and_comes_back_and_the_losses_do_not_know(tmp_path):
     outcome = elastic.kill_and_return(tmp_path, STEPS)
     assert outcome.processes[-3:] == [4, 2, 4]
+    # Laid out anew by the planner for those that were there.
+    assert {math.prod(map(int, re.findall(r"\d+", mesh))) for mesh in outcome.meshes} == {4, 2}
     assert list(outcome.undisturbed) == sorted(outcome.losses) == list(range(1, STEPS + 1))
     # Every step learned from the same sequences: two batches differ by more than the order of a sum does.
     losses = list(outcome.undisturbed.values())

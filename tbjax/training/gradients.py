@@ -151,6 +151,8 @@ def ends_on_device(model: Decoder) -> Decoder:
 def check_rows(batch: Batch, sharding: Sharding, microbatches: int) -> None:
     """Raise unless every device gets as many sequences of every microbatch."""
     rows, devices = batch.tokens.shape[0], sharding.size("dp", "fsdp", "ep")
+    if microbatches < 1:
+        raise ValueError(f"microbatches={microbatches}: a batch is computed in one or more.")
     if rows % (microbatches * devices):
         raise ValueError(
             f"a batch of {rows} sequences does not divide over dp*fsdp*ep={devices} devices in {microbatches} "

@@ -149,6 +149,8 @@ def test_what_the_step_does_not_know_is_refused_by_name():
         make_step(made(model), remat="some")(init_state(model, made(model)), batch("llama"))
     with pytest.raises(ValueError, match="a batch of 8 sequences does not divide over dp\\*fsdp\\*ep=8 devices in 2"):
         make_step(made(model), microbatches=2)(init_state(model, made(model)), batch("llama"))
+    with pytest.raises(ValueError, match="microbatches=0: a batch is computed in one or more"):
+        make_step(made(model), microbatches=0)(init_state(model, made(model)), batch("llama"))
 
 
 def run(name, sharding, optimizer="adamw", precision="float32"):

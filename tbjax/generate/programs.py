@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from tbjax.generate.sampling import Chosen, Rows, Rules, choose
 from tbjax.layers.cache import KVCache, grown, make_cache
 from tbjax.model import Decoder
+from tbjax.native import where_it_serves
 from tbjax.pipeline import inference
 from tbjax.room import tokens_at_once
 
@@ -61,8 +62,10 @@ def prefill(
     if inference.runs_in_stages(model):
         chosen, rows, cache = inference.prefill(model, tokens, mask, capacity, pick, rows)
     else:
-        states, cache = _read(model, tokens, mask, layers, capacity)
-        chosen, rows = pick(model.logits(states)[:, 0], rows)
+        with where_it_serves(model.sharding):
+            states, cache = _read(model, tokens, mask, layers, capacity)
+            scores = model.logits(states)[:, 0]
+        chosen, rows = pick(scores, rows)
     chosen = _everywhere(model, chosen)
     return chosen, State(cache, chosen.token, done | jnp.isin(chosen.token, eos), rows)
 
@@ -119,8 +122,10 @@ def decode(
     def step(carry: Any) -> Any:
         number, written, state = carry
         position = jnp.sum(state.cache.valid, axis=1, keepdims=True)
-        hidden = model.hidden(state.token[:, None], None, position, state.cache, layers=layers)
-        chosen, rows = pick(model.logits(hidden.states)[:, 0], state.rows)
+        with where_it_serves(model.sharding):
+            hidden = model.hidden(state.token[:, None], None, position, state.cache, layers=layers)
+            scores = model.logits(hidden.states)[:, 0]
+        chosen, rows = pick(scores, state.rows)
         written = jax.tree.map(lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, number, 1), written, chosen)
         done = state.done | jnp.isin(chosen.token, eos)
         return number + 1, written, State(cast(KVCache, hidden.cache), chosen.token, done, rows)

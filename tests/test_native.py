@@ -1,0 +1,43 @@
+"""Native products of bfloat16: the compiler takes them, and they are the products that they stand for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import tbjax
+from tbjax import native
+from tbjax.layers.linear import as_sharding
+from tbjax.mesh import make_mesh
+from tests.generate.test_engine import CONFIG, PROMPTS, one_device
+
+X = jax.random.normal(jax.random.key(0), (2, 5, 96), jnp.bfloat16)
+WEIGHT = jax.random.normal(jax.random.key(1), (160, 96), jnp.bfloat16)
+
+
+def test_a_product_is_summed_in_float32_and_rounded_once():
+    found = jax.jit(native.matmul)(X, WEIGHT)
+    exact = np.einsum("bsi,oi->bso", *(np.asarray(a, np.float64) for a in (X, WEIGHT)))
+    assert (found.shape, found.dtype) == (exact.shape, jnp.bfloat16)
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8, atol=1e-4)
+
+
+def test_they_are_asked_for_on_one_cpu_that_has_them_and_never_of_a_vector():
+    serves = native._works(jax.devices()[0])
+    for mesh, wanted in (((1, 1, 1), serves), ((1, 1, 2), False)):
+        sharding = as_sharding(make_mesh(mesh, jax.devices()[: mesh[2]]))
+        assert not native.asked_for(X, WEIGHT)
+        with native.where_it_serves(sharding):
+            assert native.asked_for(X, WEIGHT) is wanted
+            assert not native.asked_for(X[:1, :1], WEIGHT)
+            assert not native.asked_for(X, WEIGHT.astype(jnp.float32))
+        assert not native.asked_for(X, WEIGHT)
+
+
+def test_what_is_written_by_them_is_scored_alike_without():
+    native._works.cache_clear()  # it is to be asked while a program is traced
+    made = tbjax.from_config(CONFIG, one_device(), seed=3, dtype="bfloat16")
+    tokens = [[*prompt, 1, 2, 3] for prompt in PROMPTS]
+    found = made.generate(tokens, max_new_tokens=4, return_dict_in_generate=True)
+    wanted = made.loglikelihood(tokens, [answer.tokens for answer in found])
+    for answer, likelihood in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(answer.log_probabilities, likelihood.log_probabilities, atol=0.05)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.generate_compiled                          all models for both machines
     python -m benchmarks.generate_compiled --model Mixtral --machine h100
+    python -m benchmarks.generate_compiled --quantization int8:channel     with weights in 8 bits
 
 Each model is laid out as the planner has it for inference, and the two programs of generation are compiled for that. A
 row says what a device must have and has, and what a decode step sends: collectives by kind, with how often each runs
@@ -10,10 +11,11 @@ feed-forward layer; one where a block has both in parallel), of one token's feat
 """
 
 import argparse
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tbjax
 from tbjax.planner.verify import Program, Verification
+from tbjax.quantize import RULES
 
 # The smallest machines of each kind that the planner finds room on.
 MODELS = {
@@ -40,11 +42,11 @@ class Row(NamedTuple):
         return next(program for program in self.verification.programs if program.name == "decode")
 
 
-def compiled(model: str, machine: str) -> Row:
+def compiled(model: str, machine: str, quantization: Any = None) -> Row:
     """The planner's layout, compiled."""
     plan = tbjax.plan(
         model, machine, task="inference", global_batch=BATCH, seq_len=SEQUENCE, new_tokens=NEW,
-        precision="bfloat16", runnable=True,
+        precision="bfloat16", runnable=True, quantization=quantization,
     )  # fmt: skip
     return Row(model, machine, {axis: size for axis, size in plan.mesh.items() if size > 1}, plan.verify())
 
@@ -68,11 +70,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="", help="part of a name")
     parser.add_argument("--machine", choices=["h100", "v5p"])
+    parser.add_argument("--quantization", choices=list(RULES))
     arguments = parser.parse_args()
     for model, machines in MODELS.items():
         for kind, machine in machines.items():
             if arguments.model.lower() in model.lower() and arguments.machine in (None, kind):
-                print(spelled(compiled(model, machine)), flush=True)
+                print(spelled(compiled(model, machine, arguments.quantization)), flush=True)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from tbjax.dtypes import float_dtype
 from tbjax.folders import agree
 from tbjax.mesh import AXES
 from tbjax.model import Decoder
+from tbjax.quantize.convert import refuse
 from tbjax.sharding import Sharding, by_path
 
 # As transformers shards by default: files that are still easy to move.
@@ -58,6 +59,7 @@ def export(
     `dtype` defaults to that of each parameter. `tokenizer` is anything with `save_pretrained`. A folder that stands
     there is refused unless it is empty or, with `overwrite`, a checkpoint.
     """
+    refuse(model, "are not exported")
     texts = (config_json, generation_config, tokenizer)
     _export(by_path(model), model, config, family, Path(folder), texts, dtype, max_shard_bytes, overwrite)
 

@@ -32,12 +32,11 @@ from interop.bindings import Binding, bindings, check_checkpoint, source_shapes
 from interop.copying import BLOCK_BYTES, UNSIGNED
 from interop.destinations import Destination, DeviceDestination, HostDestination, Job
 from interop.families import Family
-from interop.quantized import Scale, Values, scale_binding
+from interop.quantized import readers
 from interop.readers.base import Checkpoint, CheckpointError, SourceTensor
 from tbjax.config import ModelConfig
 from tbjax.quantize.convert import weights as quantized_weights
 from tbjax.quantize.rules import Encoding
-from tbjax.quantize.weight import SCALE, VALUES
 from tbjax.sharding import leaves
 
 # Enough to keep many reads in flight on slow storage, little beside what a host with accelerators has.
@@ -149,8 +148,8 @@ def _jobs(
     if encoding is None:
         yield from destinations[binding.path].jobs(binding, source)
         return
-    yield from destinations[f"{binding.path}.{VALUES}"].jobs(binding, Values(source, encoding))
-    yield from destinations[f"{binding.path}.{SCALE}"].jobs(scale_binding(binding, encoding), Scale(source, encoding))
+    for part, of_part, reader in readers(binding, source, encoding):
+        yield from destinations[f"{binding.path}.{part}"].jobs(of_part, reader)
 
 
 def _run(jobs: Iterable[Job], threads: int, budget: int, advance: Callable[[int], None]) -> None:

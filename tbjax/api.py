@@ -295,6 +295,7 @@ def load(
         about = checkpoint.read_about(name_or_path, verify=verify)
         beside = companions.unpack(about.companions, str(name_or_path))
         origin = None if beside is None else Origin(*beside)
+        layout["quantization"] = _quantization_of(about, quantization, name_or_path)
         model = abstract(about.config, mesh, dtype=about.dtype if dtype is None else dtype, origin=origin, **layout)
         return checkpoint.restore(model, name_or_path, verify=verify)
 
@@ -399,6 +400,19 @@ def _laid_out(config: ModelConfig, layout: Sharding, quantization: Recipe | None
     make = functools.partial(CausalLM, config, layout, quantization=quantization, **settings)
     with shapes_only():
         return layout.place(convert.quantized(jax.eval_shape(make), quantization, layout))
+
+
+def _quantization_of(about: checkpoint.About, quantization: Any, path: Any) -> Recipe | None:
+    """That of a checkpoint of ours, whose arrays are read as they are."""
+    asked = recipe(quantization)
+    if asked in (None, about.quantization):
+        return about.quantization
+    if about.quantization is None:
+        raise ValueError(
+            f"{path} has its weights in full, and what tbjax wrote is read as it is: export it "
+            f"(tbjax-convert {path} OUT --to hf) and load that with quantization={quantization!r}."
+        )
+    raise ValueError(f"{path} is quantised by other rules, {about.quantization}: leave out {quantization!r}.")
 
 
 def _trained_by(schedule: Schedule | None) -> "Defaults | None":

@@ -33,6 +33,7 @@ from tbjax.config import LayerKind, ModelConfig, MoE, Rope
 from tbjax.dtypes import narrows
 from tbjax.folders import agree_all, check_free, set_aside
 from tbjax.manifest import Verify
+from tbjax.quantize import Recipe, recipe
 from tbjax.sharding import by_path, with_arrays
 from tbjax.writing import Writing
 
@@ -51,11 +52,12 @@ class About:
     config: ModelConfig
     companions: Mapping[str, str]  # file name -> text
     parameters: Mapping[str, jax.ShapeDtypeStruct]  # path -> shape and dtype as stored
+    quantization: Recipe | None = None
 
     @property
     def dtype(self) -> str:
         """The parameters' dtype: a model has one."""
-        return next(iter(self.parameters.values())).dtype.name
+        return self.parameters["embedding.weight"].dtype.name
 
 
 def save(model: Any, path: str | Path, *, companions: Mapping[str, str] | None = None, overwrite: bool = False) -> None:
@@ -75,7 +77,9 @@ def save(model: Any, path: str | Path, *, companions: Mapping[str, str] | None =
 
 def about(model: Any, companions: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What a checkpoint says of a model, as JSON."""
-    return {"format": FORMAT, "config": dataclasses.asdict(model.config), "companions": dict(companions or {})}
+    found = {"format": FORMAT, "config": dataclasses.asdict(model.config), "companions": dict(companions or {})}
+    rules = getattr(model, "quantization", None)
+    return found if rules is None else {**found, "quantization": rules.plain()}
 
 
 def restore(abstract_model: Module, path: str | Path, *, verify: Verify = "full") -> Module:
@@ -108,9 +112,10 @@ def read_about(path: str | Path, *, verify: Verify = "full") -> About:
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']!r} is not {FORMAT}: the release that wrote it can read it")
         config, companions = _config(values["config"]), dict(values["companions"])
+        rules = recipe(values.get("quantization"))
     with _damage(path / PARAMETERS / "_METADATA"):
         parameters = stored.shapes(path / PARAMETERS)
-    return About(config=config, companions=companions, parameters=parameters)
+    return About(config=config, companions=companions, parameters=parameters, quantization=rules)
 
 
 def verify_together(path: Path, within: tuple[str, ...], verify: Verify) -> None:

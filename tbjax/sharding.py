@@ -25,7 +25,7 @@ from tbjax import mesh as meshes
 from tbjax import weights
 from tbjax.cut import Cut
 from tbjax.cut import cut as cut_over
-from tbjax.quantize.weight import QuantizedWeight
+from tbjax.quantize.weight import Parts, QuantizedWeight
 from tbjax.quantize.weight import matmul as quantized_matmul
 
 # A dimension is cut by its first axis, or the request raises; by the further ones only where another dimension does
@@ -240,24 +240,24 @@ class Sharding:
         """Whether gradients of weights that are used in `dtype` are summed over devices in a wider one."""
         return self.reduce_dtype is not None and jnp.dtype(self.reduce_dtype).itemsize > jnp.dtype(dtype).itemsize
 
-    def parts(self, weight: QuantizedWeight, *, stationary: bool = False) -> tuple[jax.Array, jax.Array]:
-        """The integers and the scales of a quantised weight, gathered as by `use`; `stationary`: as they are stored.
+    def parts(self, weight: QuantizedWeight, *, stationary: bool = False) -> Parts:
+        """What a quantised weight consists of, gathered as by `use`; `stationary`: as it is stored.
 
-        Where the inputs are cut within a group, each device gets the scale of every weight that it has.
+        Where the inputs are cut within a group, each device gets scale and offset of every weight that it has.
         """
-        found = []
-        for variable in (weight.values, weight.scale):
+        found: list[Any] = []
+        for variable in weight.parts:
+            if variable is None or stationary:
+                found.append(variable if variable is None else variable[...])
+                continue
             value, dims = variable[...], tuple(variable.dims)
             stored, used = (self.parameter(dims, value.shape, cut=cut).spec for cut in (None, False))
-            if not stationary and used != stored:
-                value = weights.gathered_integers(value, self, used, stored)
-            found.append(value)
-        values, scale = found
+            found.append(value if used == stored else weights.gathered_integers(value, self, used, stored))
+        values, *frame = found
         spec = self.parameter(weight.dims, values.shape, cut=None if stationary else False).spec
-        through = self.size(*axes_of(spec[1])) > 1 and weight.scale.dims[1] is None
-        if through and scale.shape[1] > 1:
-            scale = self.lay(jnp.repeat(scale, values.shape[1] // scale.shape[1], axis=1), spec)
-        return values, scale
+        if self.size(*axes_of(spec[1])) > 1 and weight.scale.dims[1] is None and weight.offset is not None:
+            frame = [self.lay(jnp.repeat(a, values.shape[1] // a.shape[1], axis=1), spec) for a in frame]
+        return Parts(values, *frame)
 
     def project(self, x: jax.Array, weight: nnx.Variable | QuantizedWeight) -> jax.Array:
         """x Wᵀ for a weight [out, in] and x [..., in], moving whichever of the two is smaller."""
@@ -267,7 +267,7 @@ class Sharding:
             kept *= weight.encoding.bits / (8 * x.dtype.itemsize)
         if moved > STATIONARY_SHARE * kept:
             if isinstance(weight, QuantizedWeight):
-                return quantized_matmul(x, *self.parts(weight))
+                return quantized_matmul(x, self.parts(weight))
             if self.sums_wide(x.dtype):
                 return weights.matmul_summed_wide(x, self.use(weight, x.dtype))
             matmul = weights.matmul_turning_less if self.platform == "cpu" else weights.matmul
@@ -275,7 +275,7 @@ class Sharding:
         leading = leading_dims(x)
         x = self.lay(x, self.activation((*leading, weight.dims[1]), x.shape, STATIONARY_AXES))
         if isinstance(weight, QuantizedWeight):
-            y = quantized_matmul(x, *self.parts(weight, stationary=True))
+            y = quantized_matmul(x, self.parts(weight, stationary=True))
         else:
             y = weights.matmul(x, weight[...].astype(x.dtype))
         return self.lay(y, self.activation((*leading, weight.dims[0]), y.shape, STATIONARY_AXES))

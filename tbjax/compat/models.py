@@ -74,7 +74,8 @@ class DistributedConfig:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a positive integer.")
         if self.quantization not in ("none", *RULES):
-            raise ValueError(f"quantization={self.quantization!r} is unknown: 'none', 'int8' and 'int4' are known.")
+            known = ", ".join(map(repr, ("none", *RULES)))
+            raise ValueError(f"quantization={self.quantization!r} is unknown: tbjax knows {known}.")
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from interop.convert import Dtype, asking_about_pickles
-from tbjax.quantize.rules import Kind
+from tbjax.quantize.rules import Named
 from tbjax.terminal import Debug, Mesh, Revision, TrustPickle, join_hosts, parse_mesh, readable_errors, working
 
 _SAMPLING, _OUTPUT = "Sampling", "Output"
@@ -75,7 +75,7 @@ def generate(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=_OUTPUT, help="No progress line.")] = False,
     dtype: Annotated[Dtype | None, typer.Option(help="Convert the weights; else they are as config.json says.")] = None,
-    quantization: Annotated[Kind | None, typer.Option(help="Keep the weights in 8 or 4 bits.")] = None,
+    quantization: Annotated[Named | None, typer.Option(help="Keep the weights in 8 or 4 bits.")] = None,
     revision: Revision = None,
     trust_pickle: TrustPickle = False,
     debug: Debug = False,

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from tbjax.config import ModelConfig
 from tbjax.layers.linear import parameter
 from tbjax.layers.mlp import ACTIVATIONS
-from tbjax.quantize.weight import QuantizedWeight, ragged_matmul
+from tbjax.quantize.weight import Parts, QuantizedWeight, ragged_matmul
 from tbjax.sharding import Sharding
 
 
@@ -85,7 +85,7 @@ class MixtureOfExperts(nnx.Module):
         return self.sharding.residual(run(*operands)), load
 
     def _used(self, weight: Any, dtype: Any) -> Any:
-        """An array; or two, integers and scales, where the weight is quantised."""
+        """The weight as it is used, or its parts if it is quantised."""
         if isinstance(weight, QuantizedWeight):
             return self.sharding.parts(weight)
         return self.sharding.use(weight, dtype)
@@ -93,7 +93,7 @@ class MixtureOfExperts(nnx.Module):
     def _experts(self, x, weights, experts, gate, up, down, *, ep: str | None, gathers: bool) -> jax.Array:
         """What the experts of this device make of its tokens (and, over ep, of its peers')."""
         # Cast here: what is cut out of this function for a device has its gradient summed over the others as it came.
-        gate, up, down = (a if isinstance(a, tuple) else a.astype(x.dtype) for a in (gate, up, down))
+        gate, up, down = (a if isinstance(a, Parts) else a.astype(x.dtype) for a in (gate, up, down))
         local_shape = x.shape
         x, weights, experts = (a.reshape(-1, a.shape[-1]) for a in (x, weights, experts))
         held, first = jax.tree.leaves(gate)[0].shape[0], 0
@@ -111,8 +111,8 @@ class MixtureOfExperts(nnx.Module):
         activation = ACTIVATIONS[self.activation]
 
         def product(rows: jax.Array, weight: Any) -> jax.Array:
-            if isinstance(weight, tuple):
-                return ragged_matmul(rows, *weight, sizes, expert[order])
+            if isinstance(weight, Parts):
+                return ragged_matmul(rows, weight, sizes, expert[order])
             return jax.lax.ragged_dot(rows, weight, sizes)
 
         rows = product(activation(product(rows, gate)) * product(rows, up), down)
@@ -125,7 +125,8 @@ class MixtureOfExperts(nnx.Module):
 
 
 def _specs(spec: PartitionSpec, weight: Any) -> Any:
-    """Where the parts of a weight [E, in, out] lie that is cut as `spec` says; one scale is of all inputs."""
-    if not isinstance(weight, tuple):
+    """Where a weight [E, in, out] lies that is cut as `spec` says, or its parts; one scale is of all inputs."""
+    if not isinstance(weight, Parts):
         return spec
-    return spec, PartitionSpec(spec[0], None if weight[1].shape[1] == 1 else spec[1], spec[2])
+    frame = PartitionSpec(spec[0], None if weight.offset is None else spec[1], spec[2])
+    return Parts(spec, frame, None if weight.offset is None else frame)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Task = Literal["train", "inference"]
 Optimizer = Literal["adamw", "adafactor", "sgd", "lion", "muon"]
 Precision = Literal["mixed", "bfloat16", "float32"]
-Quantization = Literal["int8", "int4"]
+Quantization = Literal["int8", "int8:channel", "int4"]
 Remat = Literal["none", "dots", "full", "stage"]
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"]
 Strategy = Literal["NO_SHARD", "OPTIMIZER", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"]

@@ -171,7 +171,7 @@ def estimate_gpu_requirements(
     model: ModelConfig,
     max_sequence_length: int = 4096,
     max_batch_size: int = 1,
-    quantization: Literal["none", "int8", "int4"] | None = "none",
+    quantization: Literal["none", "int8", "int8:channel", "int4"] | None = "none",
     *,
     hardware: str | Hardware = "a100-80",
 ) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from tbjax.planner import liveness
 from tbjax.planner.device import Hardware
 from tbjax.planner.flight import activations_in_flight, arrivals_in_flight
 from tbjax.planner.liveness import Compiler, Layer, Live
-from tbjax.planner.parameters import TILE, Shard, shards, stage_layers
+from tbjax.planner.parameters import TILE, Shard, bytes_per_device, shards, stage_layers
 from tbjax.planner.workload import Layout, Optimizer, Workload
 from tbjax.sharding import STATIONARY_SHARE, ShardingStrategy
 
@@ -337,7 +337,7 @@ def of_inference(config: ModelConfig, workload: Workload, layout: Layout, hardwa
     share = step.layers / config.layers
     weights = _weights(config, "sgd", layout.strategy, layout.pp, layout.fsdp, layout.ep, layout.tp)
     throughout: Parts = {
-        "parameters": workload.parameter_bytes * weights.held,
+        "parameters": bytes_per_device(config, layout, workload.parameter_bytes, workload.quantization),
         "KV cache": share * slots * compute * sum(kind.repeats * kind.cached for kind in step.kinds),
     }
     head = 0
@@ -363,7 +363,9 @@ def of_inference(config: ModelConfig, workload: Workload, layout: Layout, hardwa
         if kind.experts:
             spread = kind.experts if step.compiler == "nvidia" else 1
             inner = kind.copies * (kind.inner + spread * kind.inner // kind.matrices)
-        gathered = (kind.weights - kind.outwards) * compute if step.gathers else 0
+        # What is quantised is gathered as it is.
+        each = workload.layer_bytes if workload.quantization else compute
+        gathered = (kind.weights - kind.outwards) * each if step.gathers else 0
         feed_forward = cache + step.tokens * compute * (stream + inner)
         found.append(("prefill, feed-forward", {"working set": feed_forward, "gathered weights": gathered}))
     return Moments(throughout, found)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from tbjax.config import LayerKind, ModelConfig
 from tbjax.planner.workload import Layout
+from tbjax.quantize import recipe
 from tbjax.sharding import PARAMETER_AXES, Dims
 
 # A TPU stores the two innermost dimensions of a 32-bit array in tiles of so many rows and columns, the last of them
@@ -202,6 +203,33 @@ def _ways(tensor: Tensor, sizes: dict[str, int], cut: bool) -> list[tuple[str, .
             )
         result.append(mine)
     return result
+
+
+def bytes_per_device(config: ModelConfig, layout: Layout, each: float, quantization: str | None) -> int:
+    """What one device's parameters take, of `each` bytes where they are not quantised."""
+    cut = layout.strategy.cuts_parameters
+    return _bytes_per_device(config, layout.pp, layout.fsdp, layout.ep, layout.tp, cut, each, quantization)
+
+
+@functools.lru_cache(maxsize=4096)
+def _bytes_per_device(
+    config: ModelConfig, pp: int, fsdp: int, ep: int, tp: int, cut: bool, each: float, quantization: str | None
+) -> int:
+    sizes, rules, total = {"pp": pp, "fsdp": fsdp, "ep": ep, "tp": tp}, recipe(quantization), 0.0
+    for tensor in tensors(config):
+        ways = [math.prod(sizes[axis] for axis in axes) for axes in _ways(tensor, sizes, cut)]
+        held = [-(-size // degree) for size, degree in zip(tensor.shape, ways, strict=True)]
+        encoding = None if rules is None else rules.encoding(tensor.path)
+        inputs = 1 + tensor.stacked
+        if encoding is None or len(held) <= inputs:
+            total += each * math.prod(held)
+            continue
+        total += encoding.bits / 8 * math.prod(held)
+        groups = encoding.groups(tensor.shape[inputs], tensor.path)
+        # A cut that goes through a group leaves scales and offsets whole.
+        held[inputs] = groups if groups == 1 or groups % ways[inputs] else groups // ways[inputs]
+        total += encoding.frame_bytes * math.prod(held)
+    return round(total)
 
 
 @functools.lru_cache(maxsize=4096)

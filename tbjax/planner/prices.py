@@ -18,7 +18,7 @@ from tbjax.planner.parameters import Shard, shards, stage_layers
 from tbjax.planner.stack import Stack, sustained
 from tbjax.planner.traffic import Message
 from tbjax.planner.work import ENDS_KERNELS, Cut, Matmul, Work, forward, head, layer
-from tbjax.planner.workload import Layout, Optimizer, Remat, Workload
+from tbjax.planner.workload import PROJECTION, Layout, Optimizer, Remat, Workload
 
 # Bytes that an update reads and writes for each parameter, with float32 state: the gradient twice (its norm, then the
 # update), the parameter and each moment in and out.
@@ -191,7 +191,7 @@ class Prices:
                 dense = len(work.weights) - work.experts
                 shared = (_spread(matmul, spread) for matmul in work.weights[:dense])
                 work = work._replace(weights=(*shared, *work.weights[dense:]))
-            parts = self._pass(work, self.workload.parameter_bytes)
+            parts = self._pass(work, self.workload.moved_by(PROJECTION))
             whole = Passes(*parts, forwards=sum(parts))
             total = Passes(*(old + share * new for old, new in zip(total, whole, strict=True)))
         return total
@@ -207,7 +207,8 @@ class Prices:
             # Here the host waits for the loss of every microbatch, so its own time is not hidden by the device's.
             launch = ENDS_KERNELS * (self.stack.kernel_gap + self.stack.host_per_kernel)
             return Passes(matmul, memory=moved / self.bandwidth, launch=launch)
-        product = self.product(head(self.config, rows, tp), self.workload.parameter_bytes)
+        table = self.workload.moved_by("embedding.weight" if self.config.tie_embeddings else "head.weight")
+        product = self.product(head(self.config, rows, tp), table)
         return Passes(product, launch=ENDS_KERNELS / 3 * self.stack.kernel_gap)
 
     # Collectives.

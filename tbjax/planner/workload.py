@@ -11,15 +11,20 @@ from collections.abc import Mapping
 from typing import Literal, TypeAlias, get_args
 
 from tbjax.mesh import AXES
+from tbjax.quantize import recipe
+from tbjax.quantize.rules import Named
 from tbjax.sharding import ShardingStrategy
 
 Task: TypeAlias = Literal["train", "inference"]
 Optimizer: TypeAlias = Literal["adamw", "adafactor", "sgd", "lion", "muon"]
 Precision: TypeAlias = Literal["mixed", "bfloat16", "float32"]
-Quantization: TypeAlias = Literal["int8", "int4"]
+Quantization: TypeAlias = Named
 Remat: TypeAlias = Literal["none", "dots", "full", "stage"]  # "stage": of a pipeline stage its input alone
 Schedule: TypeAlias = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"]
 Offloaded: TypeAlias = Literal["optimizer", "activations"]
+
+# A weight like most.
+PROJECTION = "stacks.0.0.mlp.up.weight"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,12 +67,31 @@ class Workload:
 
     @property
     def parameter_bytes(self) -> float:
-        """Bytes in which one parameter is stored."""
-        if self.quantization:
-            return {"int8": 1.0, "int4": 0.5}[self.quantization]
+        """Bytes in which one parameter is stored that is not quantised."""
         if self.precision == "float32" or (self.precision == "mixed" and self.training):
             return 4.0
         return 2.0
+
+    def bytes_of(self, path: str) -> float:
+        """Bytes of one number of the weight at `path`, with its share of scales and offsets if it is quantised."""
+        rules = recipe(self.quantization)
+        encoding = None if rules is None else rules.encoding(path)
+        if encoding is None:
+            return self.parameter_bytes
+        return encoding.bits / 8 + (encoding.frame_bytes / encoding.group if encoding.group else 0)
+
+    def moved_by(self, path: str) -> float:
+        """Bytes that multiplying with the weight at `path` moves for each number of it: groups are floats first, which
+        the compilers write and read."""
+        rules = recipe(self.quantization)
+        encoding = None if rules is None else rules.encoding(path)
+        grouped = encoding is not None and encoding.group is not None
+        return self.bytes_of(path) + (2 * self.compute_bytes if grouped else 0)
+
+    @property
+    def layer_bytes(self) -> float:
+        """As `bytes_of`, of the projections of attention and the feed-forward layer: almost all of a layer."""
+        return self.bytes_of(PROJECTION)
 
     @property
     def compute_bytes(self) -> int:

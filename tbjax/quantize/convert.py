@@ -1,12 +1,13 @@
 """Models with quantised weights from models without, and back; abstract ones too."""
 
+import functools
 from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 
 from tbjax.quantize.rules import Encoding, Recipe
-from tbjax.quantize.weight import QuantizedWeight, decoded, encoded, inputs_of
+from tbjax.quantize.weight import Dims, Parts, QuantizedWeight, decoded, encoded, inputs_of
 from tbjax.sharding import Leaf, Sharding, axes_of, by_path, leaves
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -28,15 +29,11 @@ def quantized(model: Model, recipe: Recipe | None, sharding: Sharding) -> Model:
 
 
 def dequantized(model: Model, dtype: Any) -> Model:
-    """A copy of `model` in which every weight is in full, in `dtype`."""
+    """A copy of `model`, which is no abstract one, in which every weight is in full, in `dtype`."""
     copy = jax.tree.map(lambda a: a, model)
     for path, weight in weights(copy).items():
-        values, scale = weight.values.get_value(), weight.scale.get_value()
-        if isinstance(values, jax.ShapeDtypeStruct):
-            full: Any = jax.ShapeDtypeStruct(values.shape, dtype)
-        else:
-            full = decoded(values, scale, "float32").astype(dtype)
-        _put(copy, path, nnx.Param(full, dims=weight.dims))
+        parts = Parts(*(None if part is None else part.get_value() for part in weight.parts))
+        _put(copy, path, nnx.Param(decoded(parts, "float32").astype(dtype), dims=weight.dims))
     return copy
 
 
@@ -54,7 +51,7 @@ def refuse(model: Any, what: str) -> None:
     """Raises where `model` has quantised weights, with what to do instead."""
     if weights(model):
         raise ValueError(
-            f"this model's weights are quantised, and {what}: take `model.dequantized()`, whose weights are in full."
+            f"this model's weights are quantised; such {what}: take `model.dequantized()`, whose weights are in full."
         )
 
 
@@ -65,18 +62,13 @@ def _quantized(leaf: Leaf, value: Any, encoding: Encoding, sharding: Sharding) -
     dims = tuple(leaf.variable.dims)
     inputs = inputs_of(dims)
     groups = encoding.groups(value.shape[inputs], leaf.path)
-    if isinstance(value, jax.ShapeDtypeStruct):
-        shape = list(value.shape)
-        shape[inputs] = groups
-        values: Any = jax.ShapeDtypeStruct(value.shape, encoding.kind)
-        scale: Any = jax.ShapeDtypeStruct(tuple(shape), encoding.scale_dtype)
-    else:
-        values, scale = encoded(value, inputs, encoding)
-    return QuantizedWeight(values, scale, dims, _scale_dims(leaf, groups, inputs, sharding), encoding)
+    make = functools.partial(encoded, inputs=inputs, encoding=encoding)
+    parts = jax.eval_shape(make, value) if isinstance(value, jax.ShapeDtypeStruct) else make(value)
+    return QuantizedWeight(parts, dims, _frame_dims(leaf, groups, inputs, sharding), encoding)
 
 
-def _scale_dims(leaf: Leaf, groups: int, inputs: int, sharding: Sharding) -> tuple[str | None, ...]:
-    """The scales' dimensions: cut along the inputs as the weight is, if whole groups are."""
+def _frame_dims(leaf: Leaf, groups: int, inputs: int, sharding: Sharding) -> Dims:
+    """The dimensions of scales and offsets: cut along the inputs as the weight is, if whole groups are."""
     spec = sharding.parameter(leaf.dims, leaf.variable.shape, leaf.path).spec
     named = groups > 1 and groups % sharding.size(*axes_of(spec[inputs])) == 0
     dims = list(leaf.variable.dims)

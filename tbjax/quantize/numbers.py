@@ -1,13 +1,15 @@
-"""How floats become integers and a scale: the arithmetic alone, the same on the host and on a device.
+"""How floats become integers: the arithmetic alone, the same on the host and on a device.
 
 Both functions take the array library (`numpy` or `jax.numpy`) as their first argument and look at one group of numbers
 at a time, in float32: what is loaded in slices on any mesh is, bit for bit, what would be computed from the whole.
+(They multiply by constants, and do not divide by them, since XLA would make that of it.)
 
-Eight bits are Qwix's: symmetric, the largest magnitude of a channel at 127.5, so that rounding uses the outermost
-integer as fully as any other. Of four bits every level counts. Integers go from -8 to 7, so the scale is given the sign
-that puts the number of largest magnitude at -8, and of a few factors, by which the largest is cut off or not reached,
-each group takes the one that leaves the least squared error. It costs no bytes and is the difference between a third
-more divergence and none (`python -m benchmarks.quantize`).
+A group of inputs has a scale and an offset, the number in its middle: all integers are used, from the smallest number
+of the group to the largest, on whichever side of zero they lie. That the middle is kept, and not the smallest number or
+the integer that is zero, keeps it near zero, where bfloat16 rounds it least.
+
+A whole channel has a scale alone, and in 8 bits it is Qwix's: the largest magnitude is put half a step beyond the last
+integer on either side, which rounding then uses as fully as any other.
 
 Inputs are the last dimension here, and groups of them follow each other.
 """
@@ -18,45 +20,36 @@ import jax.numpy as jnp
 
 from tbjax.quantize.rules import Encoding
 
-# The largest magnitude over the scale, for 8 bits.
-WIDEST = 127.5
 
-# Factors of the scale that a group of 4-bit numbers tries, 1 being the one with which its largest is -8 exactly.
-FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 1.05)
+def frames(xp: Any, values: Any, encoding: Encoding) -> tuple[Any, Any]:
+    """The scale and the offset of every group of `values` [..., inputs], float32: [..., groups].
 
-
-def scales(xp: Any, values: Any, encoding: Encoding) -> Any:
-    """The scale of every group of `values` [..., inputs], float32: [..., groups, inputs of a group]."""
-    groups = encoding.groups(values.shape[-1])
-    parts = values.astype(xp.float32).reshape(*values.shape[:-1], groups, -1)
-    if encoding.kind == "int8":
-        return _kept(xp, xp.max(xp.abs(parts), axis=-1) / xp.float32(WIDEST), encoding)
-    lowest, highest = xp.min(parts, axis=-1), xp.max(parts, axis=-1)
-    largest = xp.where(highest > -lowest, highest, lowest)
-    best, least = None, None
-    for factor in FACTORS:
-        scale = _kept(xp, largest * xp.float32(factor / -8), encoding)
-        lost = xp.sum(xp.square(_rounded(xp, parts, scale, encoding) * scale[..., None] - parts), axis=-1)
-        better = None if least is None else lost < least
-        best = scale if better is None else xp.where(better, scale, best)
-        least = lost if better is None else xp.where(better, lost, least)
-    return best
+    They are rounded to what is stored of them, so that numbers are held against what they will become. A channel has no
+    offset.
+    """
+    parts = _parts(xp, values, encoding)
+    if encoding.group is None:
+        unit = xp.float32(1 / (2 ** (encoding.bits - 1) - 0.5))
+        return _kept(xp, xp.max(xp.abs(parts), axis=-1) * unit, encoding), None
+    least, most = xp.min(parts, axis=-1), xp.max(parts, axis=-1)
+    scale = _kept(xp, (most - least) * xp.float32(1 / (2**encoding.bits - 1)), encoding)
+    return scale, _kept(xp, least + xp.float32(2 ** (encoding.bits - 1)) * scale, encoding)
 
 
-def integers(xp: Any, values: Any, scale: Any, encoding: Encoding) -> Any:
-    """`values` in units of their scales, as int8: [..., inputs], whatever the bits."""
-    parts = values.astype(xp.float32).reshape(*scale.shape, -1)
-    return _rounded(xp, parts, scale, encoding).astype(xp.int8).reshape(values.shape)
-
-
-def _rounded(xp: Any, parts: Any, scale: Any, encoding: Encoding) -> Any:
-    """The integer next to each number, still as float32."""
+def integers(xp: Any, values: Any, scale: Any, offset: Any, encoding: Encoding) -> Any:
+    """`values` [..., inputs] as steps of their scales, int8 whatever the bits."""
+    parts = _parts(xp, values, encoding)
+    parts = parts if offset is None else parts - offset[..., None]
+    # Numbers that are all the same have the scale zero.
+    steps = xp.round(parts / xp.where(scale == 0, xp.float32(1), scale)[..., None])
     most = 2 ** (encoding.bits - 1)
-    # A group of zeros has the scale zero.
-    divisor = xp.where(scale == 0, xp.float32(1), scale)[..., None]
-    return xp.clip(xp.round(parts / divisor), -most, most - 1)
+    return xp.clip(steps, 1 - most if offset is None else -most, most - 1).astype(xp.int8).reshape(values.shape)
 
 
-def _kept(xp: Any, scale: Any, encoding: Encoding) -> Any:
-    """The scale as it is stored, so that numbers are rounded to what will be multiplied with."""
-    return scale.astype(jnp.dtype(encoding.scale_dtype)).astype(xp.float32)
+def _parts(xp: Any, values: Any, encoding: Encoding) -> Any:
+    groups = encoding.groups(values.shape[-1])
+    return values.astype(xp.float32).reshape(*values.shape[:-1], groups, -1)
+
+
+def _kept(xp: Any, frame: Any, encoding: Encoding) -> Any:
+    return frame.astype(jnp.dtype(encoding.frame_dtype)).astype(xp.float32)

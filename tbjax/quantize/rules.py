@@ -1,32 +1,39 @@
 r"""Which weights are kept in few bits, and in how many: expressions on their paths.
 
     "int8"                              the table of that name
-    {r"\.mlp\.": "int4:64", r"\.(query|key|value|output)\.": "int8"}
+    {r"\.mlp\.": "int4:64", r"\.(query|key|value|output)\.": "int8:channel"}
     [(r"\.output\.", None), *RULES["int4"].items()]
 
 Rules are tried in order and the first whose expression is found in a path decides; None keeps a weight as it is, and so
-does no rule at all. An encoding is written `int8` or `int4`, with the size of its groups behind a colon.
+does no rule at all. An encoding is written `int8` or `int4`, with the size of its groups behind a colon, 32 by default,
+or with `channel` there for one scale for all inputs of an output.
 """
 
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, cast
 
 Kind: TypeAlias = Literal["int8", "int4"]
+Named: TypeAlias = Literal["int8", "int8:channel", "int4"]
 
 # The projections of attention, of the feed-forward layer and of the experts. Not the router, which is small and
 # decides, nor norms and biases.
 PROJECTIONS = r"\.(query|key|value|output|gate|up|down)(\.weight)?$"
 HEAD = r"^head\.weight$"
 
+# The head has 8 bits in all of them: the divergence that it adds is that of all projections in 8 bits together, and in
+# 4 bits a hundred times as much (`python -m benchmarks.quantize`).
 RULES: Mapping[str, Mapping[str, str | None]] = {
     "int8": {PROJECTIONS: "int8", HEAD: "int8"},
+    "int8:channel": {PROJECTIONS: "int8:channel", HEAD: "int8:channel"},
     "int4": {PROJECTIONS: "int4", HEAD: "int8"},
 }
 
-# Weights that share a scale where 4 bits are asked for without a size: 16 bits of scale make it 4.5 bits a weight.
+# Inputs that share a scale and an offset where no size is said. With 16 bits for each of the two that is one bit more a
+# weight, and without it 8 bits would not be within 1e-3 of a small model (`python -m benchmarks.quantize`).
 GROUP = 32
+CHANNEL = "channel"
 
 # What cannot be kept in few bits, since it is looked up rather than multiplied.
 TABLE = "embedding.weight"
@@ -34,34 +41,39 @@ TABLE = "embedding.weight"
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """How a weight is kept: integers, with a scale for every group of the inputs of an output channel."""
+    """How a weight is kept: integers, with a scale and an offset for every group of the inputs of an output channel."""
 
     kind: Kind
-    group: int | None = None  # how many inputs share a scale; None: all of them
+    group: int | None = GROUP  # how many inputs share a scale; None: all of them, and they have no offset
 
     @classmethod
     def parse(cls, text: str) -> "Encoding":
-        found = re.fullmatch(r"(int8|int4)(?::([1-9]\d*))?", text) if isinstance(text, str) else None
+        found = re.fullmatch(rf"(int8|int4)(?::([1-9]\d*|{CHANNEL}))?", text) if isinstance(text, str) else None
         if found is None:
             raise ValueError(
                 f"quantization: {text!r} is no encoding: 'int8' and 'int4' are, with the size of their groups behind a "
-                "colon ('int4:64'), and None for a weight that is kept as it is."
+                f"colon ('int4:64') or '{CHANNEL}' for none, and None for a weight that is kept as it is."
             )
         kind = cast(Kind, found[1])
-        return cls(kind, int(found[2]) if found[2] else GROUP if kind == "int4" else None)
+        return cls(kind, None if found[2] == CHANNEL else int(found[2] or GROUP))
 
     def __str__(self) -> str:
-        return self.kind if self.group is None else f"{self.kind}:{self.group}"
+        return f"{self.kind}:{CHANNEL if self.group is None else self.group}"
 
     @property
     def bits(self) -> int:
-        """Of one weight, its share of the scale not counted."""
+        """Of one integer."""
         return 8 if self.kind == "int8" else 4
 
     @property
-    def scale_dtype(self) -> str:
-        """A channel's scale costs nothing, a group's does; numbers are rounded after their scale was."""
+    def frame_dtype(self) -> str:
+        """Of scales and offsets. A channel's scale costs nothing, a group's does."""
         return "float32" if self.group is None else "bfloat16"
+
+    @property
+    def frame_bytes(self) -> int:
+        """Of the scale and the offset of one group, or of the scale of a channel."""
+        return 4
 
     def groups(self, inputs: int, path: str = "a weight") -> int:
         """How many scales a channel of so many inputs has."""
@@ -123,7 +135,7 @@ def recipe(quantization: Any) -> Recipe | None:
         return quantization
     if isinstance(quantization, str):
         if quantization not in RULES:
-            known = ", ".join(map(repr, get_args(Kind)))
+            known = ", ".join(map(repr, RULES))
             raise ValueError(
                 f"quantization={quantization!r} is unknown: tbjax knows {known}, and rules (an expression that is "
                 "looked for in the paths of parameters, to an encoding)."

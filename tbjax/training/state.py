@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tbjax.config import ModelConfig
 from tbjax.model import Decoder
+from tbjax.quantize.convert import refuse
 from tbjax.sharding import Sharding, by_path, leaves, on_host
 from tbjax.training import compression as compressing
 from tbjax.training.optimizer import Parameters, in_host, place_state
@@ -171,6 +172,7 @@ def abstract_batch(
 
 def trainable(model: Decoder, frozen: Rule | None) -> Parameters:
     """The parameters that a step trains, by path."""
+    refuse(model, "are not trained")
     values = by_path(model)
     left_out = chosen(frozen, (leaf.path for leaf in leaves(model)), "frozen")
     if len(left_out) == len(values):

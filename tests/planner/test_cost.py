@@ -299,9 +299,11 @@ def test_decoding_takes_as_long_as_reading_the_weights_and_the_cache(batch):
 def test_smaller_weights_are_read_sooner():
     times = [
         serving("h100:1", workload=dataclasses.replace(SERVING, global_batch=1, quantization=kind)).decode
-        for kind in (None, "int8", "int4")
+        for kind in (None, "int8:channel", "int4", "int8")
     ]
-    assert times[0] > 1.5 * times[1] > 2 * times[2]
+    assert times[0] > 1.5 * times[1]
+    # Groups save memory, not time: they are floats before they are multiplied.
+    assert times[0] < times[2] < times[3]
 
 
 def test_decoding_moves_tokens_to_cut_weights_rather_than_weights_to_tokens():

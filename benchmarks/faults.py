@@ -36,7 +36,7 @@ from tbjax.mesh import make_mesh
 from tbjax.training import Batch, init_state
 from tbjax.training.config import TrainConfig
 from tbjax.training.loop import SAVE_EVERY, make_train_step
-from tbjax.training.saving import Saver, saved_steps
+from tbjax.training.saving import Saver, leeway, saved_steps
 
 
 def kills(folder: Path, count: int, seed: int, console: Console) -> None:
@@ -249,7 +249,7 @@ def _saving(step: Any, state: Any, folder: Path, rounds: int, shown: Table) -> A
 
     for _ in range(3):  # the first ones compile
         state, _ = one(state)
-    found: dict[str, list[float]] = {name: [] for name in ("step", "blocked", "stolen", "written", "memory")}
+    found: dict[str, list[float]] = {name: [] for name in ("step", "blocked", "stolen", "written", "memory", "steps")}
     with Saver(folder / "run", keep=1) as saver:
         for number in range(1, rounds + 1):
             steady = []
@@ -261,17 +261,23 @@ def _saving(step: Any, state: Any, folder: Path, rounds: int, shown: Table) -> A
                 began = time.perf_counter()
                 saver.save(state, number, data=None, config=None)
                 blocked = stolen = time.perf_counter() - began
+                steps = 0
                 while saver.writing:
                     state, seconds = one(state)
                     stolen += seconds - usual
+                    steps += 1
                 written = time.perf_counter() - began
             saver.wait()
-            for name, value in zip(found, (usual, blocked, stolen, written, held.peak - held.before), strict=True):
+            figures = (usual, blocked, stolen, written, held.peak - held.before, steps)
+            for name, value in zip(found, figures, strict=True):
                 found[name].append(value)
     usual, stolen = (statistics.median(found[name]) for name in ("step", "stolen"))
     shown.add_row("a step, with nothing else to do", _spread(found["step"], "s"))
     shown.add_row("save: until training goes on", _spread(found["blocked"], "s"))
     shown.add_row("save: until it is in its place (to the end of a step)", _spread(found["written"], "s"))
+    shown.add_row(
+        f"  steps meanwhile, at most; training would wait after {leeway(SAVE_EVERY)}", str(int(max(found["steps"])))
+    )
     shown.add_row("save: taken from training in all", _spread(found["stolen"], "s"))
     shown.add_row(f"  of every step at the default interval of {SAVE_EVERY}", f"{stolen / SAVE_EVERY / usual:.2%}")
     shown.add_row(
@@ -295,8 +301,10 @@ def _restoring(like: Any, size: int, run: Path, rounds: int, shown: Table) -> No
     }
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     memory = []
-    for _ in range(rounds):
-        for name, act in ways.items():
+    for number in range(rounds):
+        # By turns first: each finds the memory that the one before it gave up.
+        names = [*ways][number % len(ways) :] + [*ways][: number % len(ways)]
+        for name, act in ((name, ways[name]) for name in names):
             with AnonymousMemory() as held:
                 began = time.perf_counter()
                 kept = act()
@@ -306,6 +314,10 @@ def _restoring(like: Any, size: int, run: Path, rounds: int, shown: Table) -> No
                 memory.append(held.peak - held.before - size)
     for name, values in speeds.items():
         shown.add_row(name, _spread(values, "GB/s"))
+    raw, checked = (
+        statistics.median(speeds[name]) for name in ("the files, read into memory", "restore, every byte checked")
+    )
+    shown.add_row("restore, every byte checked: of reading the files", f"{checked / raw:.0%}")
     shown.add_row("restore: memory beyond the state, at most", f"{max(memory) / 1e6:.0f} MB")
 
 

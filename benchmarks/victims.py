@@ -11,6 +11,7 @@ few thousand numbers, whose losses are exact: every process that does step 17 ge
 """
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -39,6 +40,9 @@ VOCABULARY, ROWS, SEQUENCE = 64, 4, 16
 STEPS = 1_000_000  # none of them gets so far
 DEVICES = 2
 
+
+# Of Linux's prctl.h.
+PR_SET_PDEATHSIG = 1
 
 # Within it a user who is not root may mount a file system.
 NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
@@ -189,7 +193,13 @@ class Nursery:
 # --- In the process that forks ----------------------------------------------------------------------------------------
 
 
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however that ends: nobody else would."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
+    end_with_parent()
     import tbjax
     import tbjax.training.loop
 
@@ -200,6 +210,7 @@ def main() -> None:
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
+            end_with_parent()
             status = 1
             try:
                 live(Path(asked["output"]), Path(asked["checkpoint_dir"]), asked["settings"])

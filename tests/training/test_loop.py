@@ -135,6 +135,13 @@ def test_five_steps_and_five_more_are_ten(whole, tmp_path, data):
     assert same_bits(second.state, whole.state)
 
 
+def test_the_other_five_may_be_taken_on_another_mesh(whole, tmp_path):
+    """More of it in test_saving.py, slowly."""
+    train(model(), Batches(), TrainConfig(**BASE | {"steps": 5}), checkpoint_dir=tmp_path)
+    on = train(model((2, 1, 1)), Batches(), TrainConfig(**BASE), checkpoint_dir=tmp_path)
+    np.testing.assert_allclose(on.losses, whole.losses[5:], rtol=1e-5)
+
+
 def kill(record):
     os.kill(os.getpid(), signal.SIGTERM)
 

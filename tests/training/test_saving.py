@@ -20,6 +20,7 @@ from tbjax.training import init_state
 from tbjax.training.compression import TopK
 from tbjax.training.config import TrainConfig
 from tbjax.training.loop import train
+from tbjax.training.optimizer import HOST
 from tbjax.training.saving import SaveFailed, Saver, leeway, read_progress, saved_steps
 from tests import processes
 from tests.training.test_loop import BASE, Batches, arrays, same_bits
@@ -226,6 +227,17 @@ def test_parameters_and_optimizer_are_restored_on_any_layout(tmp_path, layouts, 
         assert np.array_equal(np.asarray(restored[name]), np.asarray(array)), name
     for array, meant in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert array.sharding == meant.sharding
+
+
+def test_what_lies_in_the_hosts_memory_comes_back_there(tmp_path):
+    before = state_of(model(), fill=False, offload=("optimizer",))
+    save(tmp_path, before, 3)
+    with Saver(tmp_path) as saver:
+        found = saver.restore(abstract(before))
+    assert same_bits(found, before)
+    places = [[array.sharding for array in jax.tree.leaves(state)] for state in (found, before)]
+    assert places[0] == places[1]
+    assert HOST in {place.memory_kind for place in places[0]}
 
 
 def test_another_precision_converts_and_may_begin_to_scale(tmp_path, state, caplog):

@@ -27,7 +27,9 @@ CONFIG = ModelConfig(
     layer_kinds=(LayerKind(),) * 12,
     max_positions=1024,
 )
-OPERATION = re.compile(r"= \(?(\w+)\[([\d,]*)\].*?\b(all-reduce|reduce-scatter|all-gather)(?:-start)?\(")
+# A collective and what it gives, which may be of several arrays, and of one that has been started all operands too.
+OPERATION = re.compile(r"= (.*?) (all-reduce|reduce-scatter|all-gather)(?:-start)?\(")
+ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Compiled:
     temp: int
     host: int
     collectives: list[dict[str, Any]]  # as of tbjax.planner.hlo
-    dtypes: list[tuple[str, str, str]]  # kind, dtype, shape of each collective in the text
+    dtypes: list[tuple[str, str, str]]  # kind, dtype and shape of each array in the text that a collective gives
 
     @property
     def total(self) -> int:
@@ -94,7 +96,7 @@ def main() -> None:
                 **{k: getattr(memory, f"{k}_size_in_bytes") for k in ("argument", "output", "alias", "temp")},
                 "host": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
                 "collectives": [dataclasses.asdict(c) for c in hlo.read(text, dict(sharding.mesh.shape)).collectives],
-                "dtypes": [(kind, dtype, shape) for dtype, shape, kind in OPERATION.findall(text)],
+                "dtypes": [(kind, *array) for of, kind in OPERATION.findall(text) for array in ARRAY.findall(of)],
             }
         )
     print(json.dumps(results))

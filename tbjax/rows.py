@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tbjax.cut import HOLE, Cut
 from tbjax.model import Decoder, with_holes
+from tbjax.quantize import convert
 from tbjax.sharding import Sharding, axes_of, by_path, with_arrays
 
 Model = TypeVar("Model", bound=Decoder)
@@ -53,7 +54,8 @@ def on_stages(arrays: Mapping[str, jax.Array], wanted: Mapping[str, Any], model:
 def moved(model: Decoder, sharding: Sharding) -> Decoder:
     """A copy of the model that lies as `sharding` says, on other devices or over other stages."""
     there = jax.eval_shape(lambda: Decoder(model.config, sharding, dtype=model.dtype, scan=model.scan))
-    return filled(sharding.place(there), model)
+    rules = getattr(model, "quantization", None)
+    return filled(sharding.place(convert.quantized(there, rules, sharding)), model)
 
 
 def filled(there: Model, model: Decoder) -> Model:

@@ -57,9 +57,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-name", default="tiiuae/falcon-180B", help="a built-in name, hub id or folder")
-    parser.add_argument("--tiny", action="store_true", help="a small Falcon on eight CPU devices, compiled")
+    parser = tiny.parser(__doc__, "tiiuae/falcon-180B")
     parser.add_argument("--hardware", action="append", help="as h100:8x8 or v5p:4x4x8; may be given several times")
     parser.add_argument("--verify", action="store_true", help="compile the best plan for its hardware")
     parser.add_argument("--html", help="write the best plan as a page")

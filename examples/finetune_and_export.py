@@ -65,9 +65,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-name", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or folder")
-    parser.add_argument("--tiny", action="store_true", help="a small model of random weights, to see it run")
+    parser = tiny.parser(__doc__, "HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--data", help="conversations: a JSONL file, a folder, a data set on the hub")
     parser.add_argument("--output-dir", help="where the trained model is written, as safetensors")
     parser.add_argument("--steps", type=int, default=8)

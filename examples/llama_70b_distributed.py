@@ -52,9 +52,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-name", default="meta-llama/Llama-2-70b-hf", help="hub id, folder or built-in name")
-    parser.add_argument("--tiny", action="store_true", help="a small model of random weights, to see it run")
+    parser = tiny.parser(__doc__, "meta-llama/Llama-2-70b-hf")
     parser.add_argument("--hardware", default="auto", help="auto, or what to plan for: h100:8, v5p:2x2x2")
     parser.add_argument("--plan-only", action="store_true", help="plan, and have the target's compiler check it")
     parser.add_argument("--batch-size", type=int, default=8)

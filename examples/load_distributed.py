@@ -41,9 +41,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-name", default="meta-llama/Llama-3.1-8B", help="hub id or folder")
-    parser.add_argument("--tiny", action="store_true", help="a small model of random weights, to see it run")
+    parser = tiny.parser(__doc__, "meta-llama/Llama-3.1-8B")
     parser.add_argument("--tp-size", type=int, default=1, help="tensor parallel: layers are split")
     parser.add_argument("--cp-size", type=int, default=1, help="context parallel: sequences are split")
     parser.add_argument("--pp-size", type=int, default=1, help="pipeline parallel: the depth is split")

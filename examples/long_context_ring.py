@@ -53,9 +53,7 @@ def temporaries(model: Any, rows: int, length: int) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-name", default="meta-llama/Llama-3.1-8B", help="hub id or folder")
-    parser.add_argument("--tiny", action="store_true", help="a small model of random weights, to see it run")
+    parser = tiny.parser(__doc__, "meta-llama/Llama-3.1-8B")
     parser.add_argument("--cp", type=int, default=8, help="devices in the ring")
     parser.add_argument("--data", help="text to learn from: a file, a folder, a data set on the hub")
     parser.add_argument("--steps", type=int, default=4)

@@ -42,9 +42,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-name", default="mistralai/Mixtral-8x7B-v0.1", help="hub id or folder")
-    parser.add_argument("--tiny", action="store_true", help="a small model of random weights, to see it run")
+    parser = tiny.parser(__doc__, "mistralai/Mixtral-8x7B-v0.1")
     parser.add_argument("--mesh", default="ep=4,tp=2", help="axes by name")
     parser.add_argument("--data", help="text to learn from: a file, a folder, a data set on the hub")
     parser.add_argument("--steps", type=int, default=8)

@@ -3,6 +3,7 @@
 Their configs are Hugging Face configs, so a folder that `written` makes is a checkpoint like any other.
 """
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ FALCON: dict[str, Any] = {
     "new_decoder_architecture": True,
     "max_position_embeddings": 1024,
 }
+
+
+def parser(page: str | None, model_name: str) -> argparse.ArgumentParser:
+    """The flags that every example has; `page` is its docstring."""
+    made = argparse.ArgumentParser(description=page, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model-name", "--model_name", default=model_name, help="hub id or folder; to plan, any name")
+    made.add_argument("--tiny", action="store_true", help="a small model of random weights, to see it run")
+    return made
 
 
 def provide_devices() -> None:

@@ -14,29 +14,17 @@ import math
 import os
 import sys
 
-from tbjax.terminal import provide_cpu_devices
-
-VIRTUAL_DEVICES = 8
+import tiny
 
 # A Llama that learns to spell in a minute on a CPU: its tokens are bytes.
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-}
+TINY = tiny.LLAMA | {"tie_word_embeddings": True}
 
 
 def main() -> int:
     arguments = parse_arguments()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1:
-        provide_cpu_devices((VIRTUAL_DEVICES, 1, 1))  # before JAX starts; changes nothing where there is an accelerator
+        tiny.provide_devices()
 
     import jax
     import numpy as np
@@ -93,9 +81,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name", default="meta-llama/Llama-2-7b-hf", help="hub id or folder")
-    parser.add_argument("--tiny", action="store_true", help="a small model of random weights, to see it run")
+    parser = tiny.parser(__doc__, "meta-llama/Llama-2-7b-hf")
     parser.add_argument("--data", help="text to learn from: a file, a folder, a data set on the hub")
     parser.add_argument("--batch_size", type=int, default=1, help="sequences on each device at a time")
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)

@@ -1,5 +1,6 @@
 """Every example runs as its page says: its `--tiny` line, in a process of its own."""
 
+import importlib
 import os
 import re
 import shlex
@@ -48,6 +49,32 @@ def test_an_example_runs(name):
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert SHOWN[name] in result.stdout
+
+
+# Command lines of the documents that these examples are from, less what launches them.
+DOCUMENTED = [
+    ("load_distributed.py", "--model-name hf-internal-testing/tiny-random-LlamaForCausalLM"),
+    ("load_distributed.py", "--model-name meta-llama/Llama-3.1-8B --tp-size 2"),
+    ("load_distributed.py", "--model-name meta-llama/Llama-3.1-8B --dp-size 4"),
+    ("load_distributed.py", "--model-name meta-llama/Llama-3.1-8B --tp-size 2 --dp-size 2"),
+    ("load_distributed.py", "--model-name meta-llama/Llama-3.1-8B --tp-size 2 --use-device-mesh"),
+    (
+        "train_llama_7b_fsdp.py",
+        "--model_name meta-llama/Llama-2-7b-hf --batch_size 1 --gradient_accumulation_steps 4 --mixed_precision "
+        "--activation_checkpointing",
+    ),
+    ("train_llama_7b_fsdp.py", "--sharding_strategy HYBRID_SHARD"),
+]
+
+
+@pytest.mark.parametrize(("name", "flags"), DOCUMENTED)
+def test_an_example_takes_the_flags_of_the_documents(name, flags, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [name, *flags.split()])
+    found = vars(importlib.import_module(name.removesuffix(".py")).parse_arguments())
+    for flag, *values in (part.split() for part in flags.split("--") if part):
+        value = found[flag.replace("-", "_")]
+        assert value is True if not values else str(value) == values[0]
 
 
 def test_every_page_is_an_example_that_is_run():

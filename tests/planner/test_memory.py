@@ -188,7 +188,7 @@ def test_quantised_weights_are_smaller() -> None:
     # The projections have 9, 8 or 5 bits, in groups of 32 or by channel; the table 16, and the head its own.
     for kind, bytes_each in (("int8", 9 / 8), ("int8:channel", 1), ("int4", 5 / 8)):
         found = held(dataclasses.replace(SERVE, quantization=kind)).parts["parameters"]
-        assert plain * bytes_each / 2 < found < plain * (bytes_each + 0.03) / 2
+        assert plain * bytes_each / 2 < found < plain * (bytes_each + 0.04) / 2
 
 
 # The whole.

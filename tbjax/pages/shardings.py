@@ -99,18 +99,18 @@ def holders(axes: Sequence[Sequence[str]], mesh: Mapping[str, int]) -> dict[tupl
 def _head(shown: ShardingMap) -> Markup:
     devices = math.prod(shown.mesh.values())
     once, held = readable(shown.nbytes), readable(shown.nbytes_per_device)
+    where = f"each of {devices} devices holds {held}" if devices > 1 else "one device holds them all"
     return element(
         "header",
         element("div", "Where the parameters lie", class_="eyebrow"),
         element("h1", shown.heading),
-        element(
-            "p",
-            f"{len(shown.parameters)} tensors of {once}; each of {devices} device{'s' * (devices > 1)} holds {held}.",
-        ),
+        element("p", f"{len(shown.parameters)} tensors of {once}; {where}."),
     )
 
 
-def _drawings(shown: ShardingMap) -> Markup:
+def _drawings(shown: ShardingMap) -> Markup | None:
+    if math.prod(shown.mesh.values()) == 1:
+        return None  # nothing is cut
     kinds: dict[str, list[Placement]] = {}
     for row in shown.parameters:
         kinds.setdefault(row.layout, []).append(row)

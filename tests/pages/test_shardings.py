@@ -65,3 +65,11 @@ def test_one_device_holds_everything():
     assert "one device" in str(shown.show_sharding())
     assert shown.show_sharding().nbytes == shown.show_sharding().nbytes_per_device
     assert "<svg" not in shown.show_sharding().to_html()
+
+
+def test_a_model_on_one_device_is_not_drawn_as_if_it_were_cut():
+    whole = abstract(tiny.our_config(tiny.BY_NAME["llama"]), make_mesh({"dp": 1}, jax.devices()[:1]))
+    page = whole.show_sharding().to_html()
+    assert "one device holds them all" in page
+    assert "How they are cut" not in page
+    assert "Every tensor" in page

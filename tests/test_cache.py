@@ -1,6 +1,7 @@
 """The cache: what each device holds of it, and that what is written stands where it is looked for."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,14 +10,18 @@ import numpy as np
 import pytest
 
 import tbjax
-from tbjax import LayerKind, ModelConfig
+from tbjax import LayerKind, ModelConfig, room
 from tbjax.generate import decode, prefill
 from tbjax.generate.sampling import Rows
 from tbjax.layers.attend import Keys
 from tbjax.layers.cache import grown, make_cache
 from tbjax.layers.linear import as_sharding
 from tbjax.mesh import make_mesh
+from tbjax.model import Decoder
 from tbjax.planner import hlo
+from tbjax.planner.hardware import cluster
+from tbjax.planner.memory import memory
+from tbjax.planner.workload import Layout, Workload
 
 CONFIG = ModelConfig(
     family="llama",
@@ -91,6 +96,32 @@ def test_a_cache_of_a_prompt_grows_into_rings():
     whole, ring = (np.asarray(layer.keys)[0, 0, 0, :, 0] for layer in more.layers[0])
     assert whole.tolist() == [*range(length), *[0] * (56 - length)]
     assert ring.tolist() == [16, 17, 18, 19, 20, 13, 14, 15]  # slot s at place s % 8
+
+
+@pytest.mark.parametrize(
+    ("axes", "changed", "prompt"),
+    [
+        ({"dp": 2, "tp": 2}, {}, 40),  # grouped queries, windows
+        ({"dp": 2, "tp": 2}, {"heads": 9, "kv_heads": 3}, 40),  # a head of zeros
+        ({"tp": 8}, {}, 40),  # more devices than heads
+        ({"cp": 2, "tp": 4}, {}, 40),
+        ({"tp": 8}, {}, 4 * room.SMALLEST_CHUNK),  # in chunks, to which rings have to be larger
+    ],
+    ids=str,
+)
+def test_the_planner_prices_what_is_allocated(axes, changed, prompt):
+    config = dataclasses.replace(CONFIG, max_positions=4096, **changed)
+    rows, new = ROWS, 10
+    sharding = sharding_of(**axes)
+    made = jax.eval_shape(lambda: Decoder(config, sharding, dtype=jnp.bfloat16))
+    shapes: Any = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows,), (rows, prompt))]
+    of_rows, tokens = shapes
+    given = {}, Rows(written=of_rows, least=of_rows), np.asarray([-1], np.int32), np.zeros(rows, bool)
+    _, state = jax.eval_shape(partial(prefill, capacity=prompt + new), made, tokens, tokens, *given)
+    allocated = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.cache.layers))
+    workload = Workload(task="inference", global_batch=rows, seq_len=prompt + new, new_tokens=new, precision="bfloat16")
+    planned = memory(config, workload, Layout(**axes), cluster("h100:8").hardware).parts["KV cache"]
+    assert planned * sharding.mesh.size == allocated
 
 
 def test_a_step_sends_numbers_for_each_head_and_never_the_cache():

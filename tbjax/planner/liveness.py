@@ -23,6 +23,7 @@ from tbjax.config import LayerKind, ModelConfig
 from tbjax.planner.device import Hardware, Vendor
 from tbjax.planner.parameters import layer_tensors
 from tbjax.planner.workload import Layout, Workload
+from tbjax.room import heads_are_whole
 
 # `tbjax.layers.attend`: the float32 scores that a block of queries may have on a device, and what its queries are a
 # multiple of.
@@ -104,7 +105,8 @@ class Layer(NamedTuple):
     queries: int
     keys: int
     inner: int  # what leads into the feed-forward layer, both parts where it is gated
-    cached: int  # keys and values of one token
+    cached: int  # keys and values of one token, of the heads that a cache has here
+    window: int | None  # how many tokens attention looks back on
     weights: int  # elements that the layer computes with
     outwards: int  # of them, the matrix that leads out of the feed-forward layer (of all experts here)
     experts: int  # experts that this device holds; 0: a dense layer
@@ -150,7 +152,8 @@ def _layer(config: ModelConfig, kind: LayerKind, tp: int, ep: int, sequence_para
         queries=heads * config.head_dim,
         keys=kv_heads * config.head_dim,
         inner=matrices * (mlp // tp),
-        cached=2 * kv_heads * config.head_dim,
+        cached=2 * (config.kv_heads if heads_are_whole(config, tp) else kv_heads) * config.head_dim,
+        window=kind.window,
         weights=sum(
             tensor.count // math.prod(ways.get(dim or "", 1) for dim in tensor.dims)
             for tensor in layer_tensors(config, kind)

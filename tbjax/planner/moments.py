@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
+from tbjax import room
 from tbjax.config import ModelConfig
 from tbjax.planner import liveness
 from tbjax.planner.device import Hardware
@@ -333,12 +334,12 @@ def _width(layer: Layer, live: Live, layout: Layout, compiler: Compiler) -> floa
 def of_inference(config: ModelConfig, workload: Workload, layout: Layout, hardware: Hardware) -> Moments:
     step = Step.make(config, workload, layout, hardware, workload.prompt_len)
     compute = workload.compute_bytes
-    slots = step.rows * -(-workload.seq_len // layout.cp)
+    slots = {kind: step.rows * _slots(config, workload, layout, step.rows, kind) for kind in step.kinds}
     share = step.layers / config.layers
     weights = _weights(config, "sgd", layout.strategy, layout.pp, layout.fsdp, layout.ep, layout.tp)
     throughout: Parts = {
         "parameters": bytes_per_device(config, layout, workload.parameter_bytes, workload.quantization),
-        "KV cache": share * slots * compute * sum(kind.repeats * kind.cached for kind in step.kinds),
+        "KV cache": share * compute * sum(kind.repeats * kind.cached * slots[kind] for kind in step.kinds),
     }
     head = 0
     if step.compiler == "cpu, bfloat16":
@@ -350,7 +351,7 @@ def of_inference(config: ModelConfig, workload: Workload, layout: Layout, hardwa
         # So many rows are looked up that the table is brought to the tokens.
         found.append(("prefill, lookup", {"gathered weights": step.table * compute}))
     for kind in step.kinds:
-        cache = slots * compute * kind.cached  # of one layer, read out of the whole
+        cache = slots[kind] * compute * kind.cached  # of one layer, read out of the whole
         found.append(("decode", {"working set": cache, "head": 2 * head}))
         # The residual stream, its normed copy and, over tp, the sum of partial results.
         stream = (3 if layout.tp > 1 else 2) * kind.embed
@@ -369,3 +370,13 @@ def of_inference(config: ModelConfig, workload: Workload, layout: Layout, hardwa
         feed_forward = cache + step.tokens * compute * (stream + inner)
         found.append(("prefill, feed-forward", {"working set": feed_forward, "gathered weights": gathered}))
     return Moments(throughout, found)
+
+
+def _slots(config: ModelConfig, workload: Workload, layout: Layout, rows: int, kind: Layer) -> int:
+    """Tokens of a row that a device's cache has of one kind of layer, as `tbjax.layers.cache` allocates it."""
+    prompt, cut = max(workload.prompt_len, 1), room.parts(config, tp=layout.tp, cp=layout.cp)
+    chunk = room.tokens_at_once(config, rows, prompt, pp=layout.pp)
+    # A prompt that is read at once leaves rings to which single tokens are added.
+    written = 1 if chunk == prompt else chunk
+    window = None if room.in_stages(config, layout.pp) else kind.window
+    return room.slots(window, room.slots(None, workload.seq_len, written, cut), written, cut) // cut

@@ -30,7 +30,7 @@ from tbjax.quantize.weight import Parts, decoded, encoded
 from tbjax.sharding import by_path, with_arrays
 from tbjax.training.data import python_topics
 
-WINDOWS, WINDOW = 4, 512
+WINDOWS, WINDOW = 2, 512
 
 
 class Row(NamedTuple):

@@ -19,6 +19,10 @@ from interop.readers.memory import MemoryCheckpoint
 from tbjax.api import abstract
 from tbjax.config import LayerKind, ModelConfig
 from tbjax.placement import bytes_held, placements
+from tbjax.planner.compilers import installed
+from tbjax.planner.parameters import bytes_per_device
+from tbjax.planner.verify import verify
+from tbjax.planner.workload import Layout, Workload
 from tbjax.quantize import RULES, Encoding, convert, numbers, recipe
 from tbjax.quantize.rules import HEAD, PROJECTIONS
 from tbjax.sharding import by_path
@@ -297,3 +301,37 @@ def test_a_plan_says_how_weights_are_quantised():
     plain = tbjax.plan(config, "cpu:8", **asked)
     with pytest.raises(ValueError, match="quantization='int8', but the plan has None"):
         tbjax.from_config(config, plain, quantization="int8")
+
+
+# --- What compilers and numbers say -----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not installed("cuda"), reason="the CUDA plugin is not installed: tbjax[verify]")
+@pytest.mark.parametrize("quantization", ["int8:channel", "int4"])
+def test_a_program_for_gpus_has_packed_weights_and_no_floats_of_a_stack(quantization):
+    sizes = {"vocab_size": 1024, "embed": 1024, "mlp": 4096, "heads": 16, "kv_heads": 8, "head_dim": 64}
+    config = ModelConfig(family="llama", layer_kinds=(LayerKind(),) * 16, max_positions=64, **sizes)
+    workload = Workload(
+        task="inference", global_batch=2, seq_len=64, new_tokens=32, precision="bfloat16", quantization=quantization
+    )
+    layout = Layout(tp=8)
+    *_, decode = verify(config, workload, layout, "h100:8").programs
+    weights = bytes_per_device(config, layout, 2, quantization)
+    cache = 16 * 2 * 2 * 64 * 64 * 2  # layers, keys and values, rows, slots, features of a device, bytes
+    assert weights + cache <= decode.bytes["argument"] <= weights + cache + 2**16
+    assert decode.bytes["temp"] < 2 * 16 * 1024 * 4096 / 8
+    assert sum(c.count for c in decode.collectives if c.kind == "all-reduce") == 2 * 16 + 1
+    assert all(c.bytes / c.count < 2**16 for c in decode.collectives)  # no weights
+
+
+@pytest.mark.slow
+def test_a_real_model_says_almost_the_same():
+    from benchmarks import quantize
+    from benchmarks.checkpoints import SMOLLM2
+
+    full = tbjax.load(SMOLLM2, one_device(), dtype="float32", progress=False)
+    tokens = quantize.windows(full.tokenizer, 2, 256)
+    said = quantize.log_probabilities(full, tokens)
+    for quantization, most in (("int8", 1e-3), ("int4", 5e-2)):
+        model = tbjax.load(SMOLLM2, one_device(), dtype="float32", quantization=quantization, progress=False)
+        assert quantize.divergence(said, quantize.log_probabilities(model, tokens)) <= most

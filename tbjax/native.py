@@ -1,7 +1,7 @@
 """Products of bfloat16 on CPUs that have them, without a float32 copy of the weight.
 
 XLA for the CPU has kernels for these, and takes them under narrow conditions: the sum stays float32, both operands and
-the result lie row by row, and neither of them is a vector. Missing one it casts the whole weight to float32 first, in
+the result lie row by row, and neither of them is a vector (a single row goes as two). Missing one it casts the whole weight to float32 first, in
 every call anew, and multiplies that: several times as slow. So here the product is put as the kernels want it, the
 weight first, and every array is pinned to its order, lest the compiler turn one round on the way.
 
@@ -43,15 +43,19 @@ def where_it_serves(sharding: "Sharding") -> Iterator[None]:
 
 
 def asked_for(x: jax.Array, weight: jax.Array) -> bool:
-    """Whether `matmul` is to be taken. A single row stays with the compiler's own product of a vector."""
-    return _asked.get() and x.dtype == weight.dtype == jnp.bfloat16 and x.size > x.shape[-1]
+    """Whether `matmul` is to be taken."""
+    return _asked.get() and x.dtype == weight.dtype == jnp.bfloat16
 
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x Wᵀ for x [..., in] of several rows and a weight [out, in]."""
-    columns = _pinned(x.reshape(-1, x.shape[-1]).T)
+    """x Wᵀ for x [..., in] and a weight [out, in]."""
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    if count == 1:
+        rows = jnp.concatenate((rows, rows))
+    columns = _pinned(rows.T)
     product = _pinned(jnp.matmul(_pinned(weight), columns, preferred_element_type=jnp.float32))
-    return product.T.reshape(*x.shape[:-1], -1).astype(x.dtype)
+    return product[:, :count].T.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
 def _pinned(a: jax.Array) -> jax.Array:

@@ -19,16 +19,17 @@ def test_a_product_is_summed_in_float32_and_rounded_once():
     exact = np.einsum("bsi,oi->bso", *(np.asarray(a, np.float64) for a in (X, WEIGHT)))
     assert (found.shape, found.dtype) == (exact.shape, jnp.bfloat16)
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8, atol=1e-4)
+    alone = jax.jit(native.matmul)(X[:1, :1], WEIGHT)
+    np.testing.assert_allclose(np.asarray(alone, np.float64), exact[:1, :1], rtol=2**-8, atol=1e-4)
 
 
-def test_they_are_asked_for_on_one_cpu_that_has_them_and_never_of_a_vector():
+def test_they_are_asked_for_on_one_cpu_that_has_them():
     serves = native._works(jax.devices()[0])
     for mesh, wanted in (((1, 1, 1), serves), ((1, 1, 2), False)):
         sharding = as_sharding(make_mesh(mesh, jax.devices()[: mesh[2]]))
         assert not native.asked_for(X, WEIGHT)
         with native.where_it_serves(sharding):
             assert native.asked_for(X, WEIGHT) is wanted
-            assert not native.asked_for(X[:1, :1], WEIGHT)
             assert not native.asked_for(X, WEIGHT.astype(jnp.float32))
         assert not native.asked_for(X, WEIGHT)
 

@@ -1,8 +1,8 @@
 """Products of bfloat16 on CPUs that have them, without a float32 copy of the weight.
 
 XLA for the CPU has kernels for these, and takes them under narrow conditions: the sum stays float32, both operands and
-the result lie row by row, and neither of them is a vector (a single row goes as two). Missing one it casts the whole weight to float32 first, in
-every call anew, and multiplies that: several times as slow. So here the product is put as the kernels want it, the
+the result lie row by row, and neither of them is a vector (a single row goes as two). Missing one it casts the whole
+weight to float32 first, in every call anew, and multiplies that. So here the product is put as the kernels want it, the
 weight first, and every array is pinned to its order, lest the compiler turn one round on the way.
 
 Generation alone asks for them (`where_it_serves`): there is no way back through a pinned array, and it is one device

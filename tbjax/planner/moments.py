@@ -18,6 +18,9 @@ from tbjax.sharding import STATIONARY_SHARE, ShardingStrategy
 # Float32 logits that the loss computes at once on a device (`tbjax.training.loss.CHUNK_BYTES`).
 LOGITS_CHUNK = 128 * 2**20
 
+# A TPU's lanes: what lies in its memory with a head's elements last takes a multiple of them.
+LANES = 128
+
 # Whole copies of one layer's matrices that the Newton-Schulz iteration of muon, run layer by layer, has at once.
 MUON_COPIES = 3.5
 
@@ -250,10 +253,13 @@ def _saved(layer: Layer, step: Step) -> int:
         inner = 0 if layer.experts else layer.inner  # ragged matmuls are not among them
         return layer.residual + layer.queries + 2 * layer.keys + outwards + layer.router + inner
     # What is inside both norms and what they gave, which is kept as it lies cut: gathering it is done again. What
-    # attention took and gave, splash attention's also with the heads in front; for each matrix into the feed-forward
-    # layer its result and two factors of its gradient.
+    # attention took and gave, splash attention's also with the heads in front and each head in whole lanes; for each
+    # matrix into the feed-forward layer its result and two factors of its gradient.
     norms = layer.residual * (NORM_ARRAYS[step.compiler] + 2)
-    attention = (3 if step.compiler == "google" and step.fused else 2) * layer.queries + 2 * layer.keys
+    attention = 2 * layer.queries + 2 * layer.keys
+    if step.compiler == "google" and step.fused:
+        head = step.config.head_dim
+        attention = (3 * layer.queries + 2 * layer.keys) * (-(-head // LANES) * LANES) // head
     inner = layer.copies * (3 * layer.inner + (2 * layer.embed if layer.experts else 0))
     return layer.residual + norms + attention + layer.router + inner
 

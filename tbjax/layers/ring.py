@@ -68,7 +68,8 @@ class LayerCache(NamedTuple):
             keys = keys._replace(
                 valid=known[:, there] & (places >= 0), positions=keys.positions[:, there], slots=places
             )
-        return written, *(_layer(a, self.row).swapaxes(1, 2) for a in (written.keys, written.values)), keys
+        key, value = (_layer(a, self.row).swapaxes(1, 2) for a in (written.keys, written.values))
+        return written, key, value, keys
 
 
 def _layer(a: jax.Array, row: jax.Array | None) -> jax.Array:

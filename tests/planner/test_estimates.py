@@ -262,7 +262,8 @@ def test_quantized_weights_need_fewer_gpus() -> None:
     needs = [estimate_gpu_requirements(llama, quantization=kind, hardware="a100-40") for kind in kinds]
     assert [each["num_gpus_required"] for each in needs] == [4, 4, 2]
     # 9 and 5 bits a weight, but for the embedding and, in the second, the head with 9.
-    assert [each["weights_gb"] for each in needs] == pytest.approx([137.95, 137.95 * 9 / 16, 137.95 * 5 / 16], rel=1.5e-2)
+    whole = 137.95
+    assert [each["weights_gb"] for each in needs] == pytest.approx([whole, whole * 9 / 16, whole * 5 / 16], rel=1.5e-2)
 
 
 def test_tensor_parallelism_stays_within_a_host_and_divides_the_heads() -> None:

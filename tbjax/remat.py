@@ -154,7 +154,7 @@ class Remat:
         ] or [positions]
         counts = {length: round(self.ratio * length) for length in lengths}
         length = min(lengths, key=lambda n: (round(abs(counts[n] / n - self.ratio), 9), n))
-        if abs(counts[length] / length - self.ratio) > max(ROUNDING, 0.5 / (repeats * positions)):
+        if abs(counts[length] / length - self.ratio) > max(ROUNDING, 0.5 / (repeats * positions)) + 1e-9:
             near = sorted({count / n for n in lengths for count in range(n + 1)})
             raise ValueError(
                 f"remat={str(self)!r}: of {repeats * positions} layers no such share can be run again, as the program "

@@ -6,6 +6,8 @@ module is collected. A test that needs another number of devices starts a proces
 
 import os
 
+from hypothesis import settings
+
 from tests.xla import flags
 
 DEVICES = 8
@@ -19,3 +21,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and xdist's proces
 # No compilation cache: XLA's CPU programs that come from it may run what they send in another order than those just
 # compiled, and a zero-bubble pipeline then waits for ever.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+# The same examples in every run: whether a change may land is no matter of luck. HYPOTHESIS_PROFILE=default draws
+# others.
+settings.register_profile("same", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))

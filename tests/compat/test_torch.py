@@ -1,5 +1,6 @@
 """The documents' snippets in PyTorch's own words run as they stand there, with another import line and small models."""
 
+import copy
 import os
 import threading
 from types import SimpleNamespace
@@ -189,7 +190,7 @@ def _no_group():
 def test_the_loop_does_what_pytorch_s_does():
     """Losses of three steps, of the same model, in float32 there and here; then as the guide has it, in bfloat16."""
     case = tiny.BY_NAME["llama"]
-    theirs, data = tiny.make(case), [*batches(1, tiny.VOCABULARY)] * 3
+    theirs, data = copy.deepcopy(tiny.make(case)), [*batches(1, tiny.VOCABULARY)] * 3
     names = {"model": theirs, "dataloader": data}
     exact = TRAINED.replace("bfloat16", "float32").replace("1e-4", "1e-2") + "\n    losses.append(loss.item())\n"
     ours, mixed = run(exact, losses=[], **names), run(TRAINED, **names)

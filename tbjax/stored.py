@@ -11,7 +11,7 @@ all others have waited, joins the parts.
 The numbers are written as they are: zstd, which Orbax would put them through, takes a tenth off float32 weights and
 three quarters of the speed. A stack is cut into its layers, so that a stage of a pipeline, or an export that goes
 through a model layer after layer, reads the bytes of its own layers alone. What is read comes by TensorStore, which
-is what Orbax reads with, straight into a buffer and from there to a device: Orbax's own way takes twice the time.
+is what Orbax reads with, straight into a buffer that is used again, and from there to a device.
 """
 
 import asyncio

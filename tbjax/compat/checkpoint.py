@@ -13,7 +13,7 @@ import jax
 
 from tbjax import api, checkpoint
 from tbjax.compat.wrapped import StateDict
-from tbjax.training.loop import adopt
+from tbjax.training.holding import adopt
 
 
 @dataclasses.dataclass(frozen=True)

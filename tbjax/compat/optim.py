@@ -9,7 +9,7 @@ import optax
 from tbjax.api import CausalLM
 from tbjax.compat.wrapped import Parameter
 from tbjax.sharding import by_path, with_arrays
-from tbjax.training.loop import adopt
+from tbjax.training.holding import adopt
 from tbjax.training.optimizer import place_state
 from tbjax.training.update import Update, apply, lay, norm_of
 

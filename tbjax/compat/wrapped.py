@@ -34,7 +34,7 @@ from tbjax.dtypes import float_dtype
 from tbjax.sharding import ShardingStrategy, by_path, with_arrays
 from tbjax.training.config import Defaults
 from tbjax.training.gradients import gradients_of
-from tbjax.training.loop import adopt
+from tbjax.training.holding import adopt
 from tbjax.training.loss import IGNORED
 from tbjax.training.precision import DTYPES, Precision, reduction
 from tbjax.training.state import Batch

@@ -21,22 +21,21 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from tbjax.model import Decoder
 from tbjax.planner.plan import Plan
 from tbjax.remat import Remat
-from tbjax.sharding import leaves
 from tbjax.training.batches import Feed, own_share
 from tbjax.training.config import TrainConfig
 from tbjax.training.evaluation import Evaluation, evaluate
+from tbjax.training.holding import adopt, on_devices, own, with_dtype
 from tbjax.training.interruption import Interruption
 from tbjax.training.logs import JsonLines, Log, Logs, ProgressLine, TensorBoard, figures, writes
 from tbjax.training.metrics import Pace, Record, peak_flops, peak_memory, step_flops
 from tbjax.training.nonfinite import find_nonfinite
-from tbjax.training.optimizer import HOST, Name, make_optimizer
+from tbjax.training.optimizer import Name, make_optimizer
 from tbjax.training.precision import DTYPES, Precision
 from tbjax.training.profiling import Profile
 from tbjax.training.saving import SaveFailed, Saver
@@ -453,49 +452,6 @@ class _Run:
 
     def _data_state(self) -> Any:
         return self.data.state() if hasattr(self.data, "state") else None
-
-
-def own(model: Decoder) -> None:
-    """Have JAX itself hold the weights of `model`, in place, on a CPU.
-
-    What was read from files there lies in the reader's memory, which a step cannot take for the next state: the first
-    one would hold all weights twice.
-    """
-    if model.sharding.platform != "cpu":
-        return
-    for leaf, array in zip(leaves(model), jax.tree.leaves(model), strict=True):
-        if array.sharding.memory_kind != HOST:
-            leaf.variable.set_value(jnp.copy(array))
-
-
-def with_dtype(model: Decoder, dtype: Any) -> None:
-    """Convert the weights of `model`, in place."""
-    if model.dtype == dtype:
-        return
-    convert = jax.jit(
-        lambda model: jax.tree.map(lambda a: a.astype(dtype), model),
-        out_shardings=jax.tree.map(lambda a: a.sharding, model),
-        donate_argnums=0,
-    )
-    adopt(model, convert(model))
-
-
-def adopt(model: Decoder, other: Decoder) -> None:
-    """Give `model` the arrays of `other`."""
-    for leaf, array in zip(leaves(model), jax.tree.leaves(other), strict=True):
-        leaf.variable.set_value(array)
-
-
-def on_devices(model: Decoder) -> Decoder:
-    """`model`, with such weights as lie in the host's memory brought to the devices."""
-
-    def bring(array: jax.Array) -> jax.Array:
-        where = array.sharding
-        if where.memory_kind != HOST or not isinstance(where, NamedSharding):
-            return array
-        return jax.device_put(array, NamedSharding(where.mesh, where.spec))
-
-    return jax.tree.map(bring, model)
 
 
 def _due(every: int | None, step: int) -> bool:

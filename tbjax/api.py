@@ -72,6 +72,10 @@ class Origin:
     def __hash__(self) -> int:
         return hash(self._content)
 
+    def __repr__(self) -> str:
+        beside = "a tokenizer" if self.tokenizer else "no tokenizer"
+        return f"<Origin: a config of {self.config.get('model_type')!r}, {beside}>"
+
 
 class CausalLM(Decoder):
     """A `Decoder` with its tokenizer and its Hugging Face config: what `tbjax.load` gives.

@@ -11,6 +11,8 @@ alternate.
 import dataclasses
 from typing import Any, Literal, NamedTuple, get_args
 
+from tbjax.shown import changed
+
 # Weights over the vocabulary are padded to a multiple of this, so that every usual degree of tensor parallelism divides
 # them and their shape does not depend on the mesh (most large families' vocabularies are multiples already).
 VOCAB_MULTIPLE = 128
@@ -44,6 +46,8 @@ class Rope:
     truncate: bool = True  # yarn: whether the correction range is rounded to whole dimensions
     short_factors: tuple[float, ...] = ()  # longrope, one per frequency, up to original_positions
     long_factors: tuple[float, ...] = ()  # longrope, beyond
+
+    __repr__ = changed
 
     def __post_init__(self) -> None:
         _known("Rope", "kind", self.kind, RopeKind)
@@ -167,6 +171,10 @@ class ModelConfig:
                     f"ModelConfig.head_dim={self.head_dim}: {name} turns features in pairs, so the part that it turns "
                     f"(a share of {rope.fraction}) must be even."
                 )
+
+    def __repr__(self) -> str:
+        kinds = " + ".join(f"{group.pattern!r} * {group.repeats}" for group in self.groups)
+        return changed(self, layer_kinds=kinds)
 
     @property
     def layers(self) -> int:

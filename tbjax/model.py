@@ -149,6 +149,15 @@ class Decoder(nnx.Module):
         """The layers one by one, to look at."""
         return Layers(self)
 
+    def __repr__(self) -> str:
+        """One line; `model.layers[0]` shows a layer's parts, `nnx.display(model)` all of them."""
+        from tbjax.planner import words  # which is about the same configs, and no part of the model
+
+        mesh = words.spelled_sizes(self.mesh.shape)
+        return (
+            f"<{type(self).__name__}: {words.model(self.config)}, {self.config.layers} layers, {self.dtype}, on {mesh}>"
+        )
+
     def __call__(
         self,
         tokens: jax.Array,

@@ -27,6 +27,7 @@ from tbjax.cut import Cut
 from tbjax.cut import cut as cut_over
 from tbjax.quantize.weight import Parts, QuantizedWeight
 from tbjax.quantize.weight import matmul as quantized_matmul
+from tbjax.shown import changed
 
 # A dimension is cut by its first axis, or the request raises; by the further ones only where another dimension does
 # not hold them. So `embed` is cut by ep as well, except in expert weights, where `experts` has it.
@@ -159,6 +160,10 @@ class Sharding:
             )
         if self.cut is not None and self.cut.stages != self.size("pp"):
             raise ValueError(f"the cut is for pp={self.cut.stages}, but the mesh has pp={self.size('pp')}.")
+
+    def __repr__(self) -> str:
+        sizes = {axis: size for axis, size in self.mesh.shape.items() if size > 1}
+        return changed(self, mesh=repr(sizes) if sizes else "one device")
 
     def size(self, *axes: str) -> int:
         """The product of the sizes of `axes` (an axis that the mesh lacks has size one)."""

@@ -118,6 +118,9 @@ class Cluster:
         hosts = f"{self.hosts}x" if self.hosts > 1 else ""
         return f"{self.hardware.name}:{hosts}{self.devices_per_host}"
 
+    def __repr__(self) -> str:
+        return f"<{self}: {self.devices:,} x {self.hardware.title}>"
+
 
 def cluster(spec: str | Cluster) -> Cluster:
     """The devices that `spec` names: see the top of this file for how to write it."""

@@ -133,6 +133,10 @@ class Plan:
 
     # Showing.
 
+    def __repr__(self) -> str:
+        mesh = f"{words.mesh(self.layout)}, {words.options(self.layout)}"
+        return f"<Plan: {words.heading(self)}: {mesh}: {words.seconds(self.time.total)}. {words.verdict(self)}>"
+
     def __str__(self) -> str:
         from rich.console import Console
 

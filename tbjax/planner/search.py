@@ -26,7 +26,7 @@ from tbjax.mesh import AXES, spell
 from tbjax.planner.cost import Time, step_time
 from tbjax.planner.legal import Rejection, Space, divisors
 from tbjax.planner.memory import Memory, memory
-from tbjax.planner.words import gib, spelled_sizes, time_title
+from tbjax.planner.words import gib, options, seconds, spelled_sizes, time_title
 from tbjax.planner.workload import Layout, Offloaded, Remat
 
 Objective: TypeAlias = Literal["throughput", "latency", "memory"]
@@ -43,6 +43,10 @@ class Candidate:
     layout: Layout
     memory: Memory
     time: Time
+
+    def __repr__(self) -> str:
+        price = f"{gib(self.memory.total)}, {seconds(self.time.total)}"
+        return f"<{spelled_sizes(self.layout.mesh)}, {options(self.layout)}: {price}>"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,11 +23,12 @@ from rich.console import Console
 
 from tbjax.config import ModelConfig
 from tbjax.plain import plain, restore
-from tbjax.planner import hlo, traffic
+from tbjax.planner import compared, hlo, traffic
 from tbjax.planner.compilers import Compiler, compiler_for, environment, require
 from tbjax.planner.cost import step_time
 from tbjax.planner.hardware import Cluster, cluster
 from tbjax.planner.hlo import Collective
+from tbjax.planner.words import gib
 from tbjax.planner.workload import Layout, Workload
 
 
@@ -57,6 +58,9 @@ class Program:
     def total(self) -> int:
         """The bytes that a device must have free: arguments, temporaries, and results that replace no arguments."""
         return self.bytes["argument"] + self.bytes["output"] - self.bytes["alias"] + self.bytes["temp"]
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {gib(self.total)}, {len(self.collectives)} kinds of collectives>"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +116,9 @@ class Verification:
         """
         clock = self.cluster.hardware.clock
         return self.cycles / clock if clock else 0.0
+
+    def __repr__(self) -> str:
+        return f"<Verification for {self.cluster}: {compared.verdict(self)}>"
 
 
 def verify(

@@ -14,6 +14,7 @@ from tbjax.mesh import AXES
 from tbjax.quantize import recipe
 from tbjax.quantize.rules import Named
 from tbjax.sharding import ShardingStrategy
+from tbjax.shown import changed
 
 Task: TypeAlias = Literal["train", "inference"]
 Optimizer: TypeAlias = Literal["adamw", "adafactor", "sgd", "lion", "muon"]
@@ -39,6 +40,8 @@ class Workload:
     precision: Precision = "mixed"
     optimizer: Optimizer = "adamw"
     quantization: Quantization | None = None  # inference: of the weights
+
+    __repr__ = changed
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "seq_len"):
@@ -118,6 +121,8 @@ class Layout:
     schedule: Schedule = "1f1b"  # where pp > 1
     chunks: int = 1  # pieces of the model on each stage, in the interleaved schedule
     offload: tuple[Offloaded, ...] = ()  # what lies in the host's memory
+
+    __repr__ = changed
 
     def __post_init__(self) -> None:
         for name in (*AXES, "microbatches", "chunks"):

@@ -173,6 +173,9 @@ def train(
         typer.Option("--log-file", "--log", rich_help_panel=_OUTPUT, help="Append figures: a JSON line each."),
     ] = None,
     tensorboard: Annotated[Path | None, typer.Option(rich_help_panel=_OUTPUT, help="Folder for event files.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(rich_help_panel=_OUTPUT, help="Draw the losses into this file, as a page.")
+    ] = None,
     profile: Annotated[Path | None, typer.Option(rich_help_panel=_OUTPUT, help="Folder for a trace of steps.")] = None,
     step_timeout: Annotated[
         float | None,
@@ -290,6 +293,8 @@ def train(
             with working(f"writing {out}", quiet=quiet):
                 loaded.save_pretrained(out)
         if writes():
+            if html is not None:
+                result.to_html(html)
             _report(result, out, as_json, quiet)
     if result.end != "finished":
         number = signal.Signals[result.end] if result.end in signal.Signals.__members__ else signal.SIGTERM

@@ -22,6 +22,7 @@ from tbjax.pipeline.schedule import named
 from tbjax.plain import plain, restore
 from tbjax.planner.plan import Plan
 from tbjax.remat import Remat
+from tbjax.shown import changed
 from tbjax.training import compression
 from tbjax.training.learning_rate import Schedule, learning_rate, wsd_decay
 from tbjax.training.optimizer import Layerwise, Name, OnlyLayerwise, make_optimizer
@@ -117,6 +118,8 @@ class TrainConfig:
     # Seconds between two steps after which a process takes itself for hanging and ends; None: 600 on several processes,
     # on a single one never.
     step_timeout: float | None = None
+
+    __repr__ = changed
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "keep", "profile_steps"):

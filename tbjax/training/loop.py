@@ -25,6 +25,7 @@ import optax
 from jax.sharding import Mesh
 
 from tbjax.model import Decoder
+from tbjax.pages import losses as curves
 from tbjax.planner.plan import Plan
 from tbjax.remat import Remat
 from tbjax.training.batches import Feed, own_share
@@ -75,6 +76,28 @@ class TrainResult:
     losses: list[float]  # of each step of this run
     records: list[Record]
     evaluations: dict[int, Evaluation]  # by step
+
+    def __repr__(self) -> str:
+        return f"<TrainResult: {self.end}, {self._heading}>"
+
+    def _repr_html_(self) -> str:
+        return curves.fragment(self._curve, self._heading)
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """A page with the curve of the losses, written to `path` where one is given."""
+        return curves.page(self._curve, self._heading, path)
+
+    @property
+    def _curve(self) -> curves.Curve:
+        evaluations = {step: each.loss for step, each in self.evaluations.items()}
+        return curves.Curve(self.losses, evaluations, self.step - len(self.losses) + 1)
+
+    @property
+    def _heading(self) -> str:
+        if not self.losses:
+            return f"no step after {self.step}"
+        first = self.step - len(self.losses) + 1
+        return f"loss {self.losses[0]:.4g} to {self.losses[-1]:.4g} in steps {first} to {self.step}"
 
 
 def train(

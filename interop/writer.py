@@ -2,10 +2,10 @@
 
     with CheckpointWriter(folder, overwrite=False) as writer:
         writer.begin()                          # may the folder be written?
-        writer.open("model.safetensors", {"embedding": (dtype, shape), ...})
+        writer.open("model.safetensors", {"embedding": (array.dtype, array.shape)})
         writer.write(array)                     # each tensor, in that order
         writer.close()
-        writer.finish({"config.json": {...}})   # the other files, then the rename
+        writer.finish({"config.json": config})  # the other files, then the rename
 
 Methods do not raise what goes wrong: they note it in `error`, and later ones do nothing. The caller may have others to
 tell before it raises (see `interop.export`), and notes what goes wrong in its own part by `noting`.

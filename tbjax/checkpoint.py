@@ -14,7 +14,7 @@ reads from the files what those shards need.
 
     save(model, "run/final")
     about = read_about("run/final")
-    model = restore(abstract_model_for(about.config), "run/final")
+    model = restore(tbjax.api.abstract(about.config, mesh), "run/final")
 """
 
 import contextlib

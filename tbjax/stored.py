@@ -4,7 +4,7 @@ Writing comes in three parts. `start` copies to the host what this process is to
 change; what it returns waits, in whatever thread, until that lies on the disk; and `finish`, in the first process when
 all others have waited, joins the parts.
 
-    wait = start(folder, {"stacks.0.0.mlp.up.weight": array, ...})
+    wait = start(folder, {"stacks.0.0.mlp.up.weight": array})
     wait()
     finish(folder)
 

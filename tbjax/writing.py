@@ -1,8 +1,8 @@
 """A checkpoint on its way to the disk, where it appears under its name when it is whole and not before.
 
-    writing = Writing(Path("run/500"), {"parameters": arrays}, {"about": {...}})
-    ...                                                   # the arrays may be given up; the program goes on
-    writing.wait()                                        # raises what went wrong
+    writing = Writing(folder, {"parameters": arrays}, {"about": {"step": 500}})    # a folder such as run/500
+    del arrays                                                                    # the program goes on
+    writing.wait()                                                                # raises what went wrong
 
 Everything is written to a folder beside the place, `.500.partial`, by a thread of its own. When each process has
 written its part and taken the digests of it, the first joins the parts, adds the manifest (`tbjax.manifest`) and

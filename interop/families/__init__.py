@@ -1,8 +1,8 @@
 """The families of checkpoints, a file each: how a Hugging Face config becomes a `ModelConfig`, and which of our
 parameters each tensor is.
 
-    family("llama").config(Fields(transformers_config.to_dict()))  ->  ModelConfig
-    family("llama").weights(model_config)                          ->  [Weight(source, target), ...]
+    config = family("llama").config(Fields(transformers_config.to_dict()))    # a ModelConfig
+    family("llama").weights(config)                                           # a list of Weight(source, target)
 """
 
 from collections.abc import Mapping

@@ -3,7 +3,7 @@
     model = FullyShardedDataParallel(model, mixed_precision=MixedPrecision(param_dtype=torch.bfloat16))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     for batch in batches:
-        loss = model(batch).loss
+        loss = model(batch, labels=batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

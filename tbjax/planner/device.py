@@ -5,8 +5,8 @@ PCIe) or on a torus (TPU). Everything in it is per device as JAX counts devices:
 two devices has half the chip's memory, FLOP/s and links in its record. Bandwidths are bytes per second in one
 direction. The records of what can be bought or rented stand in `catalogue`; a record of one's own is made the same way:
 
-    mine = Hardware(name="mine", title="My accelerator", vendor="nvidia", memory=..., ...)
-    plan(model, Cluster(hardware=mine, hosts=2, devices_per_host=8))
+    mine = dataclasses.replace(hardware("h100"), name="mine", title="One with less memory", memory=64 * 2**30)
+    plan(config, workload, Cluster(hardware=mine, hosts=2, devices_per_host=8))
 """
 
 import dataclasses

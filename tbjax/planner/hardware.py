@@ -1,13 +1,13 @@
 """What a plan is for: so many devices of one kind, and how they are joined.
 
-    cluster("h100:8")          one host with 8 GPUs
-    cluster("h100:16x8")       hosts x GPUs of each
-    cluster("gb200:18x4")      an NVL72: its NVLink domain crosses hosts
-    cluster("v5p:4x4x4")       one TPU slice, by its topology in chips
-    cluster("v5p:2*4x4x4")     two such slices, joined by the data-centre network
-    cluster("cpu:8")           virtual devices, to try things on
-    cluster("h100")            one device
-    cluster("auto")            the machine at hand, as jax.devices() shows it
+    cluster("h100:8")          # one host with 8 GPUs
+    cluster("h100:16x8")       # hosts x GPUs of each
+    cluster("gb200:18x4")      # an NVL72: its NVLink domain crosses hosts
+    cluster("v5p:4x4x4")       # one TPU slice, by its topology in chips
+    cluster("v5p:2*4x4x4")     # two such slices, joined by the data-centre network
+    cluster("cpu:8")           # virtual devices, to try things on
+    cluster("h100")            # one device
+    cluster("auto")            # the machine at hand, as jax.devices() shows it
 
 A name is one of `catalogue.RECORDS`, an alias of one, or what `register` was given. What cannot exist raises, and the
 error says what can.

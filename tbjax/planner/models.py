@@ -8,8 +8,8 @@ published number of parameters.
 
 A Gemma 3 entry from 4B up is the text part of a model that also sees.
 
-    describe("meta-llama/Llama-2-70b-hf")    {"model_type": "llama", "hidden_size": 8192, ...}
-    describe("llama-2-70b-HF")               the same: capitals and the owner may be left out
+    describe("meta-llama/Llama-2-70b-hf")["hidden_size"]    # 8192
+    describe("llama-2-70b-HF")                              # the same: capitals and the owner may be left out
 """
 
 import copy

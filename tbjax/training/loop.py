@@ -1,7 +1,7 @@
 """The training loop: batches in, steps out, and everything that a run needs around them.
 
     result = train(model, data, TrainConfig(steps=1000), eval_data=held_out, checkpoint_dir="run")
-    result.losses[-1], result.evaluations[-1].perplexity
+    result.losses[-1], result.evaluations[result.step].perplexity
 
 The devices never wait for the host: a step is dispatched before the figures of the one before it are read, and while it
 runs the host prepares the next batch. So what goes wrong in a step is noticed one step later; that step has by then

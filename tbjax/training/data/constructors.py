@@ -4,7 +4,7 @@
 
     dataset = data.load("corpus/*.txt", tokenizer, seq_len=512, batch_size=8)
     dataset = data.jsonl("conversations.jsonl", tokenizer, messages="messages", seq_len=2048, batch_size=8)
-    dataset = data.tokens("tokens.npy", vocabulary=32000, seq_len=4096, batch_size=64)
+    dataset = data.tokens("tokens.npy", vocabulary=32000, end=2, seq_len=4096, batch_size=64)
     training, held_out = dataset.hold_out(0.05)
 
 Text is tokenized when the data set is made, in every process. What takes long to tokenize, or does not fit into memory,

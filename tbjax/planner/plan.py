@@ -140,7 +140,7 @@ class Plan:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=WIDTH, force_terminal=False, color_system=None)
+        console = Console(width=WIDTH, force_terminal=False, force_jupyter=False, color_system=None)
         with console.capture() as captured:
             console.print(self)
         return captured.get().rstrip("\n")

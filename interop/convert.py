@@ -39,6 +39,7 @@ from tbjax.terminal import (
 
 if TYPE_CHECKING:
     from tbjax.config import ModelConfig
+    from tbjax.quantize import Recipe
 
 # JAX and all that needs it is imported where it is used: the help must not wait for it, and devices are chosen first.
 
@@ -169,7 +170,7 @@ def _print_plan(
 
     if checkpoint.is_checkpoint(source):
         about = checkpoint.read_about(source)
-        model = _on_paper(about.config, mesh, dtype or about.dtype)
+        model = _on_paper(about.config, mesh, dtype or about.dtype, about.quantization)
     else:
         model = _look(source, mesh, dtype, revision, trust_pickle)
     if as_json:
@@ -210,7 +211,7 @@ def _look(source: str, mesh: Any, dtype: str | None, revision: str | None, trust
     return model
 
 
-def _on_paper(config: "ModelConfig", mesh: Any, dtype: str) -> Any:
+def _on_paper(config: "ModelConfig", mesh: Any, dtype: str, quantization: "Recipe | None" = None) -> Any:
     """The abstract model on a mesh that need not exist; a size of -1 is filled from the devices that do."""
     import math
 
@@ -219,12 +220,14 @@ def _on_paper(config: "ModelConfig", mesh: Any, dtype: str) -> Any:
 
     from tbjax.mesh import AXES, axis_sizes
     from tbjax.model import Decoder
+    from tbjax.quantize.convert import quantized
     from tbjax.sharding import Sharding
 
     asked = list(mesh.values() if isinstance(mesh, dict) else mesh or (-1,))
     sizes = axis_sizes(mesh, jax.device_count() if -1 in asked else math.prod(asked))
     layout = Sharding(AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES)))
-    return layout.place(jax.eval_shape(lambda: Decoder(config, layout, dtype=dtype)))
+    model = jax.eval_shape(lambda: Decoder(config, layout, dtype=dtype))
+    return layout.place(quantized(model, quantization, layout))
 
 
 def asking_about_pickles(read: Callable[[bool], Result], trust_pickle: bool) -> Result:

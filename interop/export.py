@@ -81,6 +81,11 @@ def export_checkpoint(
     beside = companions.unpack(about.companions, str(path))
     if beside is None:
         raise ValueError(f"{path} was made from a bare ModelConfig, so there is no Hugging Face config to write.")
+    if about.quantization is not None:
+        raise ValueError(
+            f"{path} has weights quantised by {about.quantization}; such are not exported: load it, and save what "
+            "`model.dequantized()` gives, whose weights are in full."
+        )
     checkpoint.verify_together(path, (f"{checkpoint.PARAMETERS}/",), "full")
     slices = stored.Slices(path / checkpoint.PARAMETERS)
     parameters = {name: _Stored(slices, name, struct) for name, struct in about.parameters.items()}

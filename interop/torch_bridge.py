@@ -28,6 +28,7 @@ from interop.readers.memory import MEMORY
 from interop.readers.pickled import CARRIERS, as_numpy
 from interop.tokenizer import Tokenizer
 from tbjax.dtypes import float_dtype
+from tbjax.quantize.convert import refuse
 from tbjax.sharding import leaves
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def from_torch(
 def to_torch(model: "CausalLM", *, dtype: Any = None) -> "transformers.PreTrainedModel":
     """A live transformers model with the weights of ours, on the CPU. `dtype` defaults to the model's.
 
-    Its parameters are made when their values arrive, gathered tensor by tensor: the host holds the weights once.
+    Its parameters are made when their values arrive, gathered tensor by tensor: the host holds the weights once. Of a
+    quantised model, give `model.dequantized()`.
     """
     try:
         import torch
@@ -84,6 +86,7 @@ def to_torch(model: "CausalLM", *, dtype: Any = None) -> "transformers.PreTraine
             f"to_torch gathers the model in one process, and there are {jax.process_count()}: "
             "write it with save_pretrained, and read it where PyTorch is to have it."
         )
+    refuse(model, "do not go to PyTorch")
     config = transformers.CONFIG_MAPPING[model.origin.config["model_type"]].from_dict(dict(model.origin.config))
     wanted = float_dtype(model.dtype if dtype is None else dtype).name
     # transformers fills a model on the meta device from the mapping, fuses what it fuses, and ties what is tied.

@@ -18,6 +18,7 @@ from tbjax.planner.plan import Plan, Search
 from tbjax.planner.plan import plan as best_plan
 from tbjax.planner.search import Objective
 from tbjax.planner.workload import Offloaded, Optimizer, Precision, Quantization, Remat, Schedule, Task, Workload
+from tbjax.quantize import RULES, Recipe, recipe
 from tbjax.sharding import ShardingStrategy
 
 # A plan looks at sequences of this length unless told otherwise: the context that most models are pretrained with.
@@ -65,7 +66,8 @@ def plan(
 
     `global_batch` counts the sequences of a training step (default: one for each device) or those served at once
     (default: 1); `seq_len` the tokens of each (default: the model's longest, up to 4096), of which `new_tokens` are
-    generated in inference (default: an eighth, up to 512).
+    generated in inference (default: an eighth, up to 512). `quantization` is of the weights in inference (default: as
+    the model that is given has them already).
 
     What is None is chosen. `mesh` fixes axes: a dict those that it names, a tuple (dp, fsdp, tp) all, with -1 for
     those to choose. Offloading is the last resort unless `offload` names what to offload, or is "any": wherever it
@@ -87,7 +89,7 @@ def plan(
         new_tokens=(min(seq_len // 8, USUAL_ANSWER) if serving else 0) if new_tokens is None else new_tokens,
         precision=precision,
         optimizer=optimizer,
-        quantization=quantization,
+        quantization=_held(model) if serving and quantization is None else quantization,
     )
     fixed = {
         **fixed_sizes(mesh),
@@ -137,6 +139,21 @@ def model_config(model: Any, *, revision: str | None = None) -> tuple[ModelConfi
         )
     config = family(values.get("model_type", "")).config(Fields(values))
     return config, config.family
+
+
+def _held(model: Any) -> Any:
+    """By which of the planner's rules the weights of a loaded model, or of a checkpoint of ours, are quantised."""
+    from tbjax import checkpoint
+
+    rules = getattr(model, "quantization", None)
+    if isinstance(model, str | Path) and checkpoint.is_checkpoint(model):
+        rules = checkpoint.read_about(model, verify="none").quantization
+    if isinstance(rules, Recipe) and rules.name is None:
+        raise ValueError(
+            f"the weights of {model if isinstance(model, str | Path) else 'this model'} are quantised by rules of its "
+            f"own, {rules}, and plans know {', '.join(map(repr, RULES))}: name the nearest (quantization=...)."
+        )
+    return rules.name if isinstance(rules, Recipe) else None
 
 
 def _described(name: str | Path, revision: str | None) -> tuple[Mapping[str, Any] | ModelConfig, str]:
@@ -221,9 +238,10 @@ def settings_of(
 def quantization_of(plan: Plan, quantization: Any) -> Any:
     """The quantization that a plan asks for. Raises where it was overruled: a plan is run as it is."""
     planned = plan.workload.quantization
-    if quantization not in (None, planned):
+    if recipe(quantization) not in (None, recipe(planned)):
+        asked = str(quantization) if isinstance(quantization, Recipe) else quantization
         raise ValueError(
-            f"quantization={quantization!r}, but the plan has {planned!r}: plan with it "
+            f"quantization={asked!r}, but the plan has {planned!r}: plan with it "
             "(task='inference', quantization='int8' or 'int4'), or give the plan's mesh alone (mesh=plan.mesh)."
         )
     return planned

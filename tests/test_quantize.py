@@ -11,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
+from typer.testing import CliRunner
 
+import interop
 import tbjax
+from interop.convert import app
 from interop.load import load_parameters
 from interop.readers.base import CheckpointError
 from interop.readers.memory import MemoryCheckpoint
+from tbjax import compat
 from tbjax.api import abstract
 from tbjax.config import LayerKind, ModelConfig
 from tbjax.placement import bytes_held, placements
@@ -237,7 +241,10 @@ def test_routers_norms_biases_and_tables_are_kept():
         ({"(": "int8"}, r"'\(' is no regular expression"),
         ({"nowhere": "int8"}, "'nowhere' is about none of the"),
         ({"embedding": "int8"}, "embedding.weight is looked up"),
-        ("int4", "mlp.down.weight has 48 inputs, which groups of 32 do not divide: 'int4:24' would do"),
+        (
+            "int4",
+            "mlp.down.weight has 48 inputs, which groups of 32 do not divide: a rule that gives it 'int4:24' would do",
+        ),
         ([], "rules are a mapping"),
         (["int8"], "rules are a mapping"),
     ],
@@ -269,11 +276,17 @@ def test_a_quantised_model_is_moved_but_neither_trained_nor_exported(tmp_path):
         model.save_pretrained(tmp_path / "hf")
     with pytest.raises(ValueError, match=r"weights are quantised.*model\.dequantized\(\)"):
         tbjax.train(model, [[1, 2, 3]], tbjax.TrainConfig(steps=1))
-    model.dequantized().save_pretrained(tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"such do not go to PyTorch: take `model\.dequantized\(\)`"):
+        interop.to_torch(model)
+    full = model.dequantized()
+    full.save_pretrained(tmp_path / "hf")
     again = tbjax.load(tmp_path / "hf", (1, 4, 2), quantization=INT8)
     exported = arrays(again.dequantized())
-    for path, array in arrays(model.dequantized()).items():
+    for path, array in arrays(full).items():
         np.testing.assert_allclose(array, exported[path], atol=5e-4, err_msg=path)  # a step
+    module = interop.to_torch(full)
+    up = module.model.layers[1].mlp.up_proj.weight.detach().numpy()
+    np.testing.assert_array_equal(up, arrays(full)["stacks.0.0.mlp.up.weight"][1])
 
 
 def test_a_checkpoint_of_ours_keeps_the_integers(tmp_path):
@@ -285,6 +298,38 @@ def test_a_checkpoint_of_ours_keeps_the_integers(tmp_path):
         np.testing.assert_array_equal(array, arrays(again)[path], err_msg=path)
     with pytest.raises(ValueError, match="is quantised by other rules"):
         tbjax.load(tmp_path / "saved", (1, 2, 4), quantization="int8")
+    with pytest.raises(ValueError, match=r"quantised by rules of its own.*name the nearest"):
+        tbjax.plan(tmp_path / "saved", "cpu:8", task="inference")
+
+
+def test_a_quantised_checkpoint_is_planned_shown_and_loaded_as_it_is_but_not_exported(tmp_path):
+    model = tbjax.from_config(tiny.hf_config(LLAMA), (1, 4, 2), quantization="int8:channel")
+    tbjax.save(model, tmp_path / "saved", format="orbax")
+    asked = {"task": "inference", "global_batch": 8, "seq_len": 32, "mesh": (1, 8, 1), "precision": "float32"}
+    plan = tbjax.plan(tmp_path / "saved", "cpu:8", **asked)
+    assert plan.workload.quantization == tbjax.plan(model, "cpu:8", **asked).workload.quantization == "int8:channel"
+    again = tbjax.load(tmp_path / "saved", plan)
+    assert set(bytes_held(again).values()) == {plan.memory.parts["parameters"]}
+    with pytest.raises(ValueError, match="quantization='int8:channel', but the plan has None"):
+        tbjax.load(tmp_path / "saved", tbjax.plan(model.config, "cpu:8", **asked))
+    shown = CliRunner().invoke(app, [str(tmp_path / "saved"), "--dry-run", "--mesh", "1,8,1", "--json"])
+    rows = {row["path"]: row for row in json.loads(shown.stdout)["parameters"]}
+    assert rows["head.weight.values"]["dtype"] == "int8"
+    assert sum(row["nbytes_per_device"] for row in rows.values()) == plan.memory.parts["parameters"]
+    refused = CliRunner().invoke(app, [str(tmp_path / "saved"), str(tmp_path / "hf"), "-q"])
+    assert (refused.exit_code, (tmp_path / "hf").exists()) == (1, False)
+    assert "weights quantised by int8:channel; such are not exported" in refused.stderr
+
+
+def test_torch_s_way_of_loading_quantises_too(tmp_path):
+    tiny.save(LLAMA, tmp_path)
+    options = {"quantization": "int8:channel", "tensor_parallel_size": 2}
+    model, _ = compat.create_distributed_llm(tmp_path, world_size=4, **options)
+    assert (str(model.quantization), model.mesh.shape["tp"], model.mesh.devices.size) == ("int8:channel", 2, 4)
+    assert by_path(model)["stacks.0.0.mlp.up.weight.values"].dtype == jnp.int8
+    same = compat.AutoModelForCausalLM.from_pretrained(tmp_path, quantization="int8:channel")
+    for path, array in arrays(same).items():
+        np.testing.assert_array_equal(array, arrays(model)[path], err_msg=path)
 
 
 def test_a_plan_says_how_weights_are_quantised():

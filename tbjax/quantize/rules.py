@@ -83,7 +83,7 @@ class Encoding:
             fitting = max(n for n in range(1, self.group + 1) if inputs % n == 0)
             raise ValueError(
                 f"quantization: {path} has {inputs} inputs, which groups of {self.group} do not divide: "
-                f"'{self.kind}:{fitting}' would do."
+                f"a rule that gives it '{self.kind}:{fitting}' would do."
             )
         return inputs // self.group
 

@@ -254,15 +254,17 @@ class _Descent:
     def rejections(self, meshes: Iterable[Layout], best: tuple[Candidate, ...]) -> list[Rejection]:
         """The legal meshes that are not among `best`, by reason, each with the mesh to which it applies least."""
         chosen = {_sizes(candidate.layout) for candidate in best}
-        beaten: dict[Sizes, _Node] = {}  # mesh -> its most promising beginning
+        beaten: dict[Sizes, _Node] = {}  # mesh -> the most promising of its beginnings that may fit
         for node in sorted(self.left):
-            beaten.setdefault(_sizes(node.layout), node)
+            sizes = _sizes(node.layout)
+            if sizes not in chosen and sizes not in beaten and (node.time or self._may_fit(node)):
+                beaten[sizes] = node
         reasons: dict[str, list[tuple[float, str, Layout]]] = {}
         for mesh in meshes:
             sizes = _sizes(mesh)
             if sizes in chosen:
                 continue
-            if sizes in beaten and (beaten[sizes].time or self._may_fit(beaten[sizes])):
+            if sizes in beaten:
                 rule, distance, words = self._beaten(beaten[sizes], best[0])
             else:
                 rule, distance, words = "fit", float(self.short[sizes][0]), self._too_large(*self.short[sizes])
@@ -275,7 +277,7 @@ class _Descent:
 
     def _too_large(self, lacking: int, layout: Layout) -> str:
         hardware = self.space.cluster.hardware
-        if self._memory(layout).total <= hardware.usable:
+        if self._memory(layout).host > hardware.host_memory_per_device:
             room = f"{gib(hardware.host_memory_per_device)} of the host's memory that a device may take"
             return f"needs {gib(lacking)} more than the {room}"
         device = f"{gib(hardware.memory)} device, {gib(hardware.usable)} of it usable, can hold"

@@ -210,6 +210,22 @@ def test_what_does_not_fit_is_rejected_with_what_is_missing():
     )
 
 
+def test_only_meshes_on_which_nothing_fits_are_said_not_to_fit():
+    """Where some layouts of a mesh fit, it was beaten, though its most promising ones have no room."""
+    space, result = found("a100-40:2x8", batch=256, offload=())
+    meshes, _ = space.meshes()
+    usable = space.cluster.hardware.usable
+    full = [
+        mesh
+        for mesh in meshes
+        if all(memory(space.config, space.workload, each, space.cluster.hardware).total > usable
+               for each in space.layouts(mesh))
+    ]  # fmt: skip
+    assert 0 < len(full) < len(meshes) - len(result.best)
+    assert sum(rejection.count for rejection in result.rejected if "can hold" in rejection.reason) == len(full)
+    assert not any("host" in rejection.reason for rejection in result.rejected)
+
+
 def test_what_is_slower_is_rejected_with_what_costs_most():
     _, result = found()
     assert any("costs most in: " in rejection.reason for rejection in result.rejected)

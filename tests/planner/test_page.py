@@ -182,6 +182,9 @@ def test_a_fragment_is_what_a_notebook_shows(plan):
     assert not {"html", "head", "body", "main", "script"} & {tag for tag, _ in read.elements}
     assert words.verdict(plan) in read.text
     assert plan._repr_html_() == text
+    said = plans.verification(plan)
+    assert compared.verdict(said) not in read.text
+    assert compared.verdict(said) in Reader(plan.with_verification(said)._repr_html_()).text
 
 
 # In a browser.

@@ -10,8 +10,9 @@ printed, with the lowest and the highest. A processor second is one that the sys
 process: tokens for each of those hardly depend on what else the machine does.
 
 What the backward pass computes again is said in each title. full: each layer keeps its input alone, `remat="full"` here
-and `gradient_checkpointing_enable()` there. none: both keep everything. dots: all that matmuls give is kept, so that no
-matmul is done twice, which PyTorch beside it does not do either: it keeps everything.
+and `gradient_checkpointing_enable()` there. none: both keep everything. dots: what matmuls give is kept. cheap: what is
+wide or dear is kept, and what costs little is computed again (`benchmarks.trainers.REMATS`). PyTorch has nothing like
+the last two, and keeps everything beside them.
 
 Memory is anonymous memory of the whole process at its peak, the interpreter and the libraries' own included, from
 before the weights are read to the last step.
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--steps", type=int, default=6, help="of each run, the first two of which are not timed")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--remat", nargs="+", choices=REMATS, default=["dots", "full"])
+    parser.add_argument("--remat", nargs="+", choices=REMATS, default=["cheap", "full"])
     options = parser.parse_args()
     console = Console(width=110)
     console.print(f"{os.cpu_count()} cores; {options.rows} x {options.sequence} tokens a step, {options.steps} steps")

@@ -22,8 +22,8 @@ from jax.sharding import Mesh
 from tbjax.config import LayerKind, ModelConfig
 from tbjax.cut import HOLE
 from tbjax.layers import context, rope
-from tbjax.layers.attend import Keys
 from tbjax.layers.attention import Attention
+from tbjax.layers.blocks import Keys
 from tbjax.layers.cache import KVCache
 from tbjax.layers.context import CutKeys
 from tbjax.layers.embedding import TensorParallelEmbedding

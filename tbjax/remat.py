@@ -14,7 +14,7 @@ Between these, what is kept can be named, and can be kept in the host's memory:
 Under no policy is a gathered weight kept: with FSDP that would keep the whole model on every device, so weights are
 gathered a second time. A gathered weight is a cast and a relayout of a stored one, and so all casts and relayouts are
 among what is computed again; others of them cost next to nothing. Nor are attention's scores ever kept: its backward
-pass is its own (`tbjax.layers.attend`).
+pass is its own (`tbjax.layers.blocks`).
 """
 
 import dataclasses

@@ -9,8 +9,9 @@ import pytest
 
 from tbjax.config import LayerKind, ModelConfig
 from tbjax.layers import attend as attend_module
-from tbjax.layers import splash
-from tbjax.layers.attend import KERNELS, Keys, Scoring, attend, block_queries
+from tbjax.layers import blocks, splash
+from tbjax.layers.attend import KERNELS, attend
+from tbjax.layers.blocks import Keys, Scoring, bands_of, block_queries
 from tbjax.mesh import make_mesh
 from tbjax.planner.compilers import installed
 from tbjax.planner.verify import verify
@@ -33,23 +34,31 @@ def operands():
     return [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-def keys(padded: bool) -> Keys:
+def keys(row: str = "whole") -> Keys:
     valid = np.ones((B, S), bool)
-    if padded:
+    if row == "padded":
         valid[0, :70] = False
         valid[1, 250:] = False
     positions = np.maximum(np.cumsum(valid, axis=1) - 1, 0) * valid
-    return Keys(jnp.arange(S), jnp.asarray(valid) if padded else None, jnp.asarray(positions))
+    segments = jnp.asarray([np.repeat([1, 2, 0], [110, 170, 20]), np.ones(S, int)], jnp.int32)
+    return Keys(
+        jnp.arange(S),
+        jnp.asarray(valid) if row == "padded" else None,
+        jnp.asarray(positions),
+        segments if row == "packed" else None,
+    )
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("row", ["whole", "padded", "packed"])
 @pytest.mark.parametrize("scoring", SCORINGS.values(), ids=SCORINGS)
-def test_blocks_give_the_values_and_gradients_of_all_scores_at_once(scoring, padded, monkeypatch):
-    monkeypatch.setattr(attend_module, "SCORE_BYTES", 4 * S * B * K * G * 128)  # blocks of 128: 300 do not divide
+def test_blocks_give_the_values_and_gradients_of_all_scores_at_once(scoring, row, monkeypatch):
+    # Four bands of 96 queries, the last of 12, in blocks of 32: neither divides what it cuts.
+    monkeypatch.setattr(blocks, "BLOCK_MULTIPLE", 32)
+    monkeypatch.setattr(blocks, "SCORE_BYTES", 4 * S * B * K * G * 40)
 
     def out_and_gradients(implementation):
         def total(*operands):
-            out = attend(*operands, keys(padded), scoring, ONE, implementation)
+            out = attend(*operands, keys(row), scoring, ONE, implementation)
             return jnp.sum(jnp.sin(out)), out
 
         gradients, out = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(*operands())
@@ -62,7 +71,7 @@ def test_blocks_give_the_values_and_gradients_of_all_scores_at_once(scoring, pad
 
 def test_plain_attention_is_what_the_formula_says():
     query, key, value = operands()
-    out = attend(query, key, value, keys(False), Scoring(scale=0.25, window=5), ONE, "plain")
+    out = attend(query, key, value, keys(), Scoring(scale=0.25, window=5), ONE, "plain")
     b, s, k, g = 1, 200, 1, 2
     scores = [0.25 * float(query[b, s, k, g] @ key[b, t, k]) for t in range(s - 4, s + 1)]
     weights = np.exp(scores) / np.sum(np.exp(scores))
@@ -88,13 +97,33 @@ def test_no_policy_keeps_the_scores(remat):
     assert compiled.compile().memory_analysis().temp_size_in_bytes < whole / 2
 
 
+def test_bands_compute_five_eighths_of_all_pairs_and_of_a_window_what_it_shows():
+    bands = bands_of(4096, None)
+    assert sum((band.last - band.first) * (band.last - band.begin) for band in bands) == 4096**2 * 5 // 8
+    assert max(band.last - band.begin for band in bands_of(4096, 100)) == 1024 + 99
+    assert len(bands_of(128, None)) == 1
+
+
+def test_what_attention_gave_can_be_kept_so_that_it_is_computed_once():
+    from tbjax.remat import rematerialised
+
+    def exponentials(remat):
+        def layer(*operands):
+            return jnp.sin(attend(*operands, keys(), SCORINGS["causal"], ONE))
+
+        loss = lambda *operands: jnp.sum(rematerialised(layer, remat)(*operands))  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(loss))(*operands())).count(" exp ")
+
+    assert exponentials("save(attended)") < exponentials("full")
+
+
 def test_a_block_is_all_queries_where_they_fit_and_even_parts_of_them_where_not():
     assert block_queries(24, 24, 64) == 24
     assert block_queries(1, 1 << 20, 1 << 10) == 1  # decoding: one query, however many keys
     block = block_queries(4096, 4096, 64)
     assert block % 128 == 0
-    assert 4 * block * 4096 * 64 <= 2 * attend_module.SCORE_BYTES
-    assert block_queries(4096, 4096, 10_000) == attend_module.BLOCK_MULTIPLE
+    assert 4 * block * 4096 * 64 <= 2 * blocks.SCORE_BYTES
+    assert block_queries(4096, 4096, 10_000) == blocks.BLOCK_MULTIPLE
 
 
 # Kernels.
@@ -127,11 +156,11 @@ def test_splash_attention_is_attention(scoring):
 
 def test_what_does_not_serve_is_refused_by_name():
     with pytest.raises(ValueError, match="'flash' is unknown: tbjax knows 'plain', 'blockwise', 'cudnn', 'splash'"):
-        attend(*operands(), keys(False), SCORINGS["causal"], ONE, "flash")
+        attend(*operands(), keys(), SCORINGS["causal"], ONE, "flash")
     with pytest.raises(ValueError, match="'cudnn' does not serve here: the mesh is not of NVIDIA GPUs"):
-        attend(*operands(), keys(False), SCORINGS["causal"], ONE, "cudnn")
+        attend(*operands(), keys(), SCORINGS["causal"], ONE, "cudnn")
     with pytest.raises(ValueError, match="'splash' does not serve here: the mesh is not of TPUs"):
-        attend(*operands(), keys(False), SCORINGS["causal"], ONE, "splash")
+        attend(*operands(), keys(), SCORINGS["causal"], ONE, "splash")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import tbjax
 from tbjax import LayerKind, ModelConfig, room
 from tbjax.generate import decode, prefill
 from tbjax.generate.sampling import Rows
-from tbjax.layers.attend import Keys
+from tbjax.layers.blocks import Keys
 from tbjax.layers.cache import grown, make_cache
 from tbjax.layers.linear import as_sharding
 from tbjax.mesh import make_mesh

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tbjax.layers import attend as attend_module
-from tbjax.layers import context
-from tbjax.layers.attend import Keys, Scoring, attend
+from tbjax.layers import blocks, context
+from tbjax.layers.attend import attend
+from tbjax.layers.blocks import Keys, Scoring
 from tbjax.layers.context import CutKeys, attend_over_context, ring_order
 from tbjax.mesh import make_mesh
 from tbjax.model import Decoder
@@ -111,7 +111,7 @@ def test_a_device_never_holds_all_keys():
             for shape in shapes
         ]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attend_module, "SCORE_BYTES", 2**16)
+            patch.setattr(blocks, "SCORE_BYTES", 2**16)
             held[count] = loss.lower(*laid).compile().memory_analysis().temp_size_in_bytes
     assert held[8] < held[2] / 2.5
 

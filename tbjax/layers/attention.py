@@ -19,7 +19,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from tbjax.config import LayerKind, ModelConfig
-from tbjax.layers.attend import Keys, Scoring, attend
+from tbjax.layers.attend import attend
+from tbjax.layers.blocks import ATTENDED, Keys, Scoring
 from tbjax.layers.context import CutKeys, attend_over_context
 from tbjax.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tbjax.layers.norm import RMSNorm
@@ -139,12 +140,12 @@ class Attention(nnx.Module):
         key, value = (self._over_heads(layout.spread_keys(a), sequence) for a in (key, value))
         scoring = self._scoring(layout)
         if isinstance(keys, CutKeys):
-            out = attend_over_context(query, key, value, keys, scoring, self.sharding)
+            out = checkpoint_name(attend_over_context(query, key, value, keys, scoring, self.sharding), ATTENDED)
         else:
             if cache is not None:
                 cache, key, value, keys = cache.write(key, value, keys, self.config, self.sharding)
             out = attend(query, key, value, keys, scoring, self.sharding)
-        out = checkpoint_name(layout.collect(self._whole(self._over_heads(out, sequence))), "attended")
+        out = layout.collect(self._whole(self._over_heads(out, sequence)))
         return self.output(out.reshape(*out.shape[:2], -1)), cache
 
     def _whole(self, a: jax.Array) -> jax.Array:

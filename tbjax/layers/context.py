@@ -33,7 +33,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from tbjax.config import ModelConfig
-from tbjax.layers.attend import Scoring, block_queries
+from tbjax.layers.blocks import Scoring, block_queries
 from tbjax.layers.pairs import Chunk, Known, Pairs, Queries, Running
 from tbjax.layers.rope import depends_on_length, within
 from tbjax.sharding import ContextMethod, Sharding

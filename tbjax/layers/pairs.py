@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tbjax.layers.attend import MASKED, Scoring, alibi, in_blocks, joined
+from tbjax.layers.blocks import MASKED, Scoring, alibi, in_blocks, joined
 
 
 class Queries(NamedTuple):

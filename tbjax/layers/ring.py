@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from tbjax.config import ModelConfig
-from tbjax.layers.attend import Keys
+from tbjax.layers.blocks import Keys
 from tbjax.room import heads_are_whole, parts
 from tbjax.sharding import Dims, Sharding, axes_of
 

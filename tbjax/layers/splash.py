@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from tbjax.layers.attend import SPLASH_MULTIPLE, Scoring
+from tbjax.layers.attend import SPLASH_MULTIPLE
+from tbjax.layers.blocks import Scoring
 
 # Queries and keys of a block: the largest that divides the sequence. The wider, the more often what has been fetched is
 # used, and the more vector memory is taken; 512 is MaxText's default (`sa_block_q` and its like in its base.yml).

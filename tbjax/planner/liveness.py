@@ -25,12 +25,13 @@ from tbjax.planner.parameters import layer_tensors
 from tbjax.planner.workload import Layout, Workload
 from tbjax.room import heads_are_whole
 
-# `tbjax.layers.attend`: the float32 scores that a block of queries may have on a device, and what its queries are a
-# multiple of.
+# `tbjax.layers.blocks`: the float32 scores that a block of queries may have on a device, what a block is a multiple of,
+# and the bands that queries are cut into.
 SCORE_BYTES = 64 * 2**20
 BLOCK_MULTIPLE = 128
+BANDS = 4
 
-# There too: the least compute capability, and the widest heads, that cuDNN's attention is used for.
+# `tbjax.layers.attend`: the least compute capability, and the widest heads, that cuDNN's attention is used for.
 CUDNN_CAPABILITY = 8
 CUDNN_HEAD_DIM = 128
 
@@ -170,9 +171,14 @@ def _layer(config: ModelConfig, kind: LayerKind, tp: int, ep: int, sequence_para
 
 
 def block_of(queries: int, keys: int, heads: int) -> int:
-    """How many queries are scored at once: `tbjax.layers.attend.block_queries` again."""
+    """How many queries are scored at once: `tbjax.layers.blocks.block_queries` again."""
     fitting = SCORE_BYTES // (4 * keys * heads)
     if fitting >= queries:
         return queries
     blocks = -(-queries // max(BLOCK_MULTIPLE, fitting))
     return min(queries, -(-queries // blocks // BLOCK_MULTIPLE) * BLOCK_MULTIPLE)
+
+
+def band_of(queries: int) -> int:
+    """How many queries a band has, where queries and keys are the same tokens: `tbjax.layers.blocks.bands_of` again."""
+    return min(queries, -(-queries // (BANDS * BLOCK_MULTIPLE)) * BLOCK_MULTIPLE)

@@ -295,7 +295,8 @@ def _backward(step: Step, layer: Layer) -> Iterator[tuple[str, Parts]]:
     """What a layer has alive in its backward pass: at the gradients of its feed-forward part, and of its attention."""
     layout, compiler = step.layout, step.compiler
     sequence = step.tokens // step.rows
-    block = liveness.block_of(sequence, step.workload.seq_len, step.rows * layer.heads)
+    band = sequence if layout.cp > 1 else liveness.band_of(sequence)
+    block = liveness.block_of(band, step.workload.seq_len, step.rows * layer.heads)
     scores = step.rows * layer.heads * block * step.workload.seq_len
     fused = step.fused
     attention = liveness.FUSED if fused else liveness.ATTENTION[compiler]

@@ -8,7 +8,7 @@ from hypothesis import strategies as draw
 
 from benchmarks.planner_memory import model
 from tbjax import sharding
-from tbjax.layers import attend
+from tbjax.layers import attend, blocks
 from tbjax.layers.attention import HeadLayout
 from tbjax.pipeline.grid import lay_out
 from tbjax.pipeline.schedule import named
@@ -39,7 +39,7 @@ def held(workload: Workload = TRAIN, layout: Layout = FSDP, config=LLAMA, **chan
 def test_chunks_and_blocks_are_those_of_the_program() -> None:
     assert LOGITS_CHUNK == loss.CHUNK_BYTES
     assert STATIONARY_SHARE == sharding.STATIONARY_SHARE
-    assert (liveness.SCORE_BYTES, liveness.BLOCK_MULTIPLE) == (attend.SCORE_BYTES, attend.BLOCK_MULTIPLE)
+    assert (liveness.SCORE_BYTES, liveness.BLOCK_MULTIPLE) == (blocks.SCORE_BYTES, blocks.BLOCK_MULTIPLE)
     cudnn = (liveness.CUDNN_CAPABILITY, liveness.CUDNN_HEAD_DIM)
     assert cudnn == (attend.CUDNN_CAPABILITY, attend.CUDNN_HEAD_DIM)
     assert liveness.SPLASH_MULTIPLE == attend.SPLASH_MULTIPLE
@@ -47,7 +47,8 @@ def test_chunks_and_blocks_are_those_of_the_program() -> None:
 
 @given(queries=draw.integers(1, 40_000), keys=draw.integers(1, 40_000), heads=draw.integers(1, 512))
 def test_a_block_of_queries_is_the_programs(queries: int, keys: int, heads: int) -> None:
-    assert liveness.block_of(queries, keys, heads) == attend.block_queries(queries, keys, heads)
+    assert liveness.block_of(queries, keys, heads) == blocks.block_queries(queries, keys, heads)
+    assert liveness.band_of(queries) == blocks.bands_of(queries, None)[0].last
 
 
 @given(kv_heads=draw.integers(1, 16), group=draw.integers(1, 16), tp=draw.integers(1, 32))

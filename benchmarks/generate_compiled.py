@@ -7,7 +7,9 @@
 Each model is laid out as the planner has it for inference, and the two programs of generation are compiled for that. A
 row says what a device must have and has, and what a decode step sends: collectives by kind, with how often each runs
 for a token and the bytes of one. Under pure tensor parallelism a layer has two all-reduces (of attention and of the
-feed-forward layer; one where a block has both in parallel), of one token's features, and no weight is gathered.
+feed-forward layer; one where a block has both in parallel), of one token's features, and no weight is gathered. Where
+tp has more devices than there are key-value heads (405B and Falcon-180B on TPU) the cache is cut by tokens, and a layer
+has three more, which join what each device found in its part, and three all-gathers, of queries, keys and values.
 """
 
 import argparse

@@ -125,7 +125,8 @@ class Attention(nnx.Module):
         )
         if self.config.qk_norm == "full":
             query, key = self._norm(query, key)
-        query, key, value = (self._whole(a) for a in (query, key, value))
+        as_stored = cache is not None and heads_are_whole(self.config, self.sharding.size("tp"))
+        query, key, value = (self._whole(a, always=as_stored) for a in (query, key, value))
         query, key, value = (a.reshape(*a.shape[:2], -1, self.config.head_dim) for a in (query, key, value))
         if self.config.qk_norm == "head":
             query, key = self._norm(query, key)
@@ -133,9 +134,7 @@ class Attention(nnx.Module):
             query, key = rotate(query, *angles), rotate(key, *angles)
         # Only where attention takes it in parts does the sequence stay cut.
         sequence = "sequence" if isinstance(keys, CutKeys) else None
-        layout = self.layout
-        if cache is not None and heads_are_whole(self.config, self.sharding.size("tp")):
-            layout = HeadLayout.stored(self.config.heads, self.config.kv_heads)
+        layout = HeadLayout.stored(self.config.heads, self.config.kv_heads) if as_stored else self.layout
         query = self._over_heads(layout.spread_queries(query), sequence)
         key, value = (self._over_heads(layout.spread_keys(a), sequence) for a in (key, value))
         scoring = self._scoring(layout)
@@ -148,12 +147,14 @@ class Attention(nnx.Module):
         out = layout.collect(self._whole(self._over_heads(out, sequence)))
         return self.output(out.reshape(*out.shape[:2], -1)), cache
 
-    def _whole(self, a: jax.Array) -> jax.Array:
-        """All heads on every tp device, in a pipeline stage where they are laid out unlike the weights.
+    def _whole(self, a: jax.Array, *, always: bool = False) -> jax.Array:
+        """All heads on every tp device: `always`, or in a pipeline stage where they are laid out unlike the weights.
 
-        The compiler would move them to neighbours by permutes, for which all stages have to wait, whatever they do.
+        What a device has of the features may end within a head. The compiler would fetch the rest from neighbours, once
+        for each half that rope turns (nine permutes and all-to-alls a layer of Falcon-180B over tp=16, on TPU), and in a
+        pipeline by permutes for which all stages have to wait, whatever they do.
         """
-        if self.layout.plain or not self.sharding.in_stage:
+        if not always and (self.layout.plain or not self.sharding.in_stage):
             return a
         return self.sharding.constrain(a, "batch", "sequence", *[None] * (a.ndim - 2))
 

@@ -1,22 +1,44 @@
-"""Decode steps of large models, by the vendors' compilers: they fit, and send what they should."""
+"""Decode steps, by the vendors' compilers those of large models: they fit, and send what they should."""
+
+import dataclasses
+from collections import Counter
 
 import pytest
 
 from benchmarks.generate_compiled import BATCH, MODELS, compiled
+from tbjax.planner.compile import Case, compile_case
 from tbjax.planner.compilers import installed
+from tbjax.planner.hardware import cluster
+from tbjax.planner.workload import Layout, Workload
 from tbjax.planning import model_config
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (installed("cuda") and installed("tpu")), reason="the compilers are not installed: tbjax[verify]"
-    ),
-]
+from tests import tiny
 
 # What every device must know of each row in the end, its token and how good it is, beside its features.
 LITTLE = 4096
 
 
+def sent_by_decoding(layers, tp):
+    """How often a tiny model with two key-value heads sends, by kind."""
+    config = tiny.our_config(tiny.BY_NAME["llama"])
+    config = dataclasses.replace(config, layer_kinds=config.layer_kinds[:1] * layers)
+    workload = Workload(task="inference", global_batch=2, seq_len=32, new_tokens=16, precision="float32")
+    case = Case(config=config, workload=workload, layout=Layout(tp=tp), cluster=cluster(f"cpu:{tp}"), compiler="cpu")
+    *_, decode = compile_case(case)
+    return Counter({c.kind: c.count for c in decode.collectives})
+
+
+# Where tp has more devices than there are key-value heads it cuts the cache by tokens. What every query found in the
+# parts is then joined by three more reductions (the largest score, the sum of weights, the values), and queries, keys
+# and values are gathered, each once. Nothing else is moved, though parts of heads are what each device computes.
+@pytest.mark.parametrize(("tp", "a_layer"), [(2, {"all-reduce": 2}), (8, {"all-reduce": 5, "all-gather": 3})])
+def test_a_layer_sends_two_reductions_and_more_only_where_its_cache_is_cut_by_tokens(tp, a_layer):
+    assert sent_by_decoding(3, tp) - sent_by_decoding(2, tp) == Counter(a_layer)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (installed("cuda") and installed("tpu")), reason="the compilers are not installed: tbjax[verify]"
+)
 @pytest.mark.parametrize("machine", ["h100", "v5p"])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_decode_step_fits_and_sends_two_reductions_a_layer_and_no_weights(model, machine):
@@ -30,6 +52,9 @@ def test_a_decode_step_fits_and_sends_two_reductions_a_layer_and_no_weights(mode
     if set(row.mesh) != {"tp"}:
         return
     assert {c.axes for c in notable} == {("tp",)}
+    assert {c.kind for c in notable} <= {"all-reduce", "all-gather"}
+    if row.mesh["tp"] > config.kv_heads:
+        assert sum(c.count for c in notable) <= 8 * config.layers + 2
     if machine == "h100":
         # One of attention and one of the feed-forward layer, or of both at once; and the lookup of the token.
         at_once = 1 if config.block == "sequential" else 2

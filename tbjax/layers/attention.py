@@ -151,7 +151,7 @@ class Attention(nnx.Module):
         """All heads on every tp device: `always`, or in a pipeline stage where they are laid out unlike the weights.
 
         What a device has of the features may end within a head. The compiler would fetch the rest from neighbours, once
-        for each half that rope turns (nine permutes and all-to-alls a layer of Falcon-180B over tp=16, on TPU), and in a
+        for each half that rope turns (nine permutes and all-to-alls a layer of Falcon-180B over tp=16 on TPU), and in a
         pipeline by permutes for which all stages have to wait, whatever they do.
         """
         if not always and (self.layout.plain or not self.sharding.in_stage):

@@ -62,6 +62,12 @@ def _about(machine: Machine) -> Iterator[str]:
             f"the host has {machine.gpus_of_the_host} NVIDIA GPUs, but JAX runs on the CPU: pip install 'tbjax[cuda12]'"
             + (", and unset JAX_PLATFORMS." if "JAX_PLATFORMS" in variables else ".")
         )
+    if machine.tpus_of_the_host and machine.platform == "cpu":
+        yield f"the host has {machine.tpus_of_the_host} TPU chips, but JAX runs on the CPU: " + (
+            "is another process using them, or JAX_PLATFORMS set?"
+            if "libtpu" in machine.versions
+            else "pip install 'tbjax[tpu]', which brings libtpu."
+        )
     proxies = [name for name in variables if name.lower().endswith("_proxy") and name.lower() != "no_proxy"]
     if proxies and machine.processes > 1:
         yield f"{', '.join(proxies)}: processes may look for each other through the proxy and hang: unset before a run."

@@ -21,6 +21,12 @@ PACKAGES = (
 # What the runtime, the compiler and the network libraries read.
 PREFIXES = ("JAX_", "XLA_", "NCCL_", "TPU_", "LIBTPU_", "CUDA_VISIBLE", "GLOO_", "MEGASCALE_")
 
+# Where Linux lists what is on the PCI bus, Google's number there, and those of its TPUs from v3 to 7x (as JAX's own
+# `jax._src.hardware_utils` has them): the network cards of its machines have others.
+PCI = Path("/sys/bus/pci/devices")
+GOOGLE = "0x1ae0"
+TPUS = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -42,6 +48,7 @@ class Machine:
     device_memory: int | None  # bytes that a program may use on each; None where the platform does not say
     device_memory_used: int | None  # the most on one device
     gpus_of_the_host: int  # as the kernel's driver counts them
+    tpus_of_the_host: int  # chips, as the PCI bus has them
     variables: Mapping[str, str]  # of the environment, that have a say in this
 
 
@@ -67,8 +74,24 @@ def examine() -> Machine:
         device_memory=min((found["bytes_limit"] for found in stats if "bytes_limit" in found), default=None),
         device_memory_used=max((found["bytes_in_use"] for found in stats if "bytes_in_use" in found), default=None),
         gpus_of_the_host=len(list(Path("/proc/driver/nvidia/gpus").glob("*"))),
+        tpus_of_the_host=count_tpus(),
         variables={name: value for name, value in sorted(os.environ.items()) if _has_a_say(name)},
     )
+
+
+def count_tpus(bus: Path = PCI) -> int:
+    """TPU chips of this host, whether or not JAX can use them."""
+    return sum(
+        _number(device / "vendor") == GOOGLE and _number(device / "device") in TPUS
+        for device in (bus.iterdir() if bus.is_dir() else ())
+    )
+
+
+def _number(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:  # a device that is not to be read is none of ours
+        return ""
 
 
 def _versions() -> dict[str, str]:

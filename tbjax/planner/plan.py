@@ -115,12 +115,16 @@ class Plan:
         """The plan that `to_json` wrote: its text, or the path of the file."""
         text, where = str(source), "the plan"
         if isinstance(source, Path) or not text.lstrip().startswith("{"):
+            if not Path(source).is_file():
+                raise FileNotFoundError(f"{source}: there is no such file; `tbjax plan ... --out {source}` writes one.")
             text, where = Path(source).read_text(encoding="utf-8"), str(source)
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where} is not JSON: {error}") from error
         found = data.pop("format", None) if isinstance(data, dict) else None
+        if found is None:
+            raise ValueError(f"{where} is no plan: `Plan.to_json` and `tbjax plan ... --out FILE` write them.")
         if found != FORMAT:
             raise ValueError(f"{where}: format {found!r} is not {FORMAT}: it needs the release of tbjax that wrote it.")
         return restore(cls, data, where)

@@ -6,7 +6,7 @@ import pytest
 
 from tbjax.doctor.hints import WHEN_A_RUN_FAILS, hints
 from tbjax.doctor.links import Link
-from tbjax.doctor.machine import Machine, examine
+from tbjax.doctor.machine import Machine, count_tpus, examine
 from tbjax.training import config
 
 HEALTHY = Machine(
@@ -26,6 +26,7 @@ HEALTHY = Machine(
     device_memory=6 * 10**10,
     device_memory_used=0,
     gpus_of_the_host=8,
+    tpus_of_the_host=0,
     variables={},
 )
 FAST = Link(
@@ -49,6 +50,14 @@ def test_a_healthy_machine_has_nothing_to_look_into():
     ("change", "words"),
     [
         ({"platform": "cpu", "device_kind": "cpu"}, "8 NVIDIA GPUs, but JAX runs on the CPU"),
+        (
+            {"platform": "cpu", "gpus_of_the_host": 0, "tpus_of_the_host": 4},
+            "4 TPU chips, but JAX runs on the CPU: pip install 'tbjax[tpu]'",
+        ),
+        (
+            {"platform": "cpu", "gpus_of_the_host": 0, "tpus_of_the_host": 4, "versions": {"libtpu": "0.0.30"}},
+            "is another process using them",
+        ),
         ({"variables": {"https_proxy": "http://a"}}, "https_proxy: processes may look for each other"),
         ({"variables": {"NCCL_TIMEOUT": "1800"}}, "NCCL_TIMEOUT is read by PyTorch alone"),
         ({"variables": {"NCCL_P2P_DISABLE": "1"}}, "NCCL_P2P_DISABLE=1"),
@@ -93,3 +102,15 @@ def test_the_failures_of_the_seeds_have_an_answer_that_exists():
     )
     fields = {field.name for field in dataclasses.fields(config.TrainConfig)}
     assert {"step_timeout", "remat", "microbatches", "offload"} <= fields
+
+
+def test_the_tpus_of_a_host_are_counted_where_no_runtime_sees_them(tmp_path):
+    # Two chips of a v5e, the network card of a Google machine, and somebody else's device.
+    cards = [("0x1ae0", "0x0063"), ("0x1ae0", "0x0063"), ("0x1ae0", "0x0042"), ("0x10de", "0x0063")]
+    for number, (vendor, device) in enumerate(cards):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "vendor").write_text(f"{vendor}\n")
+        (tmp_path / str(number) / "device").write_text(f"{device}\n")
+    (tmp_path / "4").mkdir()  # one that says nothing
+    assert count_tpus(tmp_path) == 2
+    assert count_tpus(tmp_path / "nowhere") == 0

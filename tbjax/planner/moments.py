@@ -296,14 +296,15 @@ def _backward(step: Step, layer: Layer) -> Iterator[tuple[str, Parts]]:
     layout, compiler = step.layout, step.compiler
     sequence = step.tokens // step.rows
     band = sequence if layout.cp > 1 else liveness.band_of(sequence)
-    block = liveness.block_of(band, step.workload.seq_len, step.rows * layer.heads)
+    bands = -(-sequence // band)
+    block = liveness.block_of(band, step.workload.seq_len, step.rows * layer.heads * bands)
     scores = step.rows * layer.heads * block * step.workload.seq_len
     fused = step.fused
     attention = liveness.FUSED if fused else liveness.ATTENTION[compiler]
     feed_forward = liveness.FEED_FORWARD[compiler]
     if layout.tp > 1:
         feed_forward = feed_forward._replace(embed=feed_forward.embed + liveness.REDUCED[compiler])
-    if fused or block < sequence:
+    if fused or block < band:
         feed_forward = feed_forward._replace(scores=0)
 
     weights = 0.0
@@ -312,9 +313,15 @@ def _backward(step: Step, layer: Layer) -> Iterator[tuple[str, Parts]]:
     if step.gathers:
         # All of a layer's weights but the first that the backward pass has done with.
         weights += (layer.weights - (0 if layer.experts else layer.outwards)) * step.compute
-    for name, live in (("feed-forward", feed_forward), ("attention", attention)):
+    # A block of each band at once; the first of four bands meets a quarter of the keys, the last all of them. A single
+    # device, which waits for no other, gets to the bands later.
+    at_once = (bands + 1) / 2
+    for name, live, blocks in (
+        ("feed-forward", feed_forward, 1 if layout.devices == 1 else at_once),
+        ("attention", attention, at_once),
+    ):
         alive = step.tokens * step.compute * _width(layer, live, layout, compiler)
-        of_scores = scores * (4 * live.scores + step.compute) if live.scores else 0
+        of_scores = blocks * scores * (4 * live.scores + step.compute) if live.scores else 0
         yield name, {"working set": alive, "scores": of_scores, "gathered weights": weights}
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import tbjax
 from tbjax import native
@@ -21,6 +22,26 @@ def test_a_product_is_summed_in_float32_and_rounded_once():
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8, atol=1e-4)
     alone = jax.jit(native.matmul)(X[:1, :1], WEIGHT)
     np.testing.assert_allclose(np.asarray(alone, np.float64), exact[:1, :1], rtol=2**-8, atol=1e-4)
+
+
+# Cut into stretches; left whole, since those would be too long, or since there are none.
+@pytest.mark.parametrize(("features", "stretch"), [(576, 48), (768, 64), (2048, None), (100, None)])
+def test_a_single_row_is_multiplied_within_one_loop_over_the_weight(features, stretch):
+    x = jax.random.normal(jax.random.key(2), (1, 1, features), jnp.bfloat16)
+    weight = jax.random.normal(jax.random.key(3), (64, features), jnp.bfloat16)
+    assert native._stretch(features) == stretch
+
+    def repeatedly(x, weight):
+        return jax.lax.fori_loop(
+            0, 2, lambda _, y: native.matmul(x + 0 * y[..., :1], weight), jnp.zeros((1, 1, 64), x.dtype)
+        )
+
+    compiled = jax.jit(repeatedly).lower(x, weight).compile()
+    exact = np.asarray(x, np.float64)[0] @ np.asarray(weight, np.float64).T
+    np.testing.assert_allclose(np.asarray(compiled(x, weight), np.float64)[0], exact, rtol=2**-8, atol=1e-4)
+    # The weight in float32 is never more than a value within a loop.
+    made = [line for line in compiled.as_text().splitlines() if f"= f32[64,{features}]" in line]
+    assert not any(" fusion(" in line for line in made)
 
 
 def test_they_are_asked_for_on_one_cpu_that_has_them():

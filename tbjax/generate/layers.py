@@ -46,10 +46,8 @@ def _views(stack: jax.Array) -> list[jax.Array]:
     sharding = stack.sharding
     spec = sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
     own = NamedSharding(sharding.mesh, PartitionSpec(*spec[1:])) if isinstance(sharding, NamedSharding) else sharding
-    parts = [(np.asarray(shard.data), shard.device) for shard in stack.addressable_shards]
+    # All rows of a device at once: there are hundreds of them, and asking for each takes as long as to make it.
+    parts = [jax.device_put(list(np.asarray(shard.data)), shard.device) for shard in stack.addressable_shards]
     return [
-        jax.make_array_from_single_device_arrays(
-            stack.shape[1:], own, [jax.device_put(part[row], device) for part, device in parts]
-        )
-        for row in range(stack.shape[0])
+        jax.make_array_from_single_device_arrays(stack.shape[1:], own, list(row)) for row in zip(*parts, strict=True)
     ]

@@ -158,6 +158,9 @@ class Decoder(nnx.Module):
             f"<{type(self).__name__}: {words.model(self.config)}, {self.config.layers} layers, {self.dtype}, on {mesh}>"
         )
 
+    def __str__(self) -> str:  # Flax has one of its own, of all parts
+        return repr(self)
+
     def __call__(
         self,
         tokens: jax.Array,

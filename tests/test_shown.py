@@ -47,6 +47,7 @@ def test_a_model_says_what_it_is_and_where():
     model = abstract(config, {"dp": 2, "ep": 2, "tp": 2})
     where = words.spelled_sizes({"dp": 2, "ep": 2, "tp": 2})
     assert repr(model) == f"<CausalLM: {words.model(config)}, {config.layers} layers, float32, on {where}>"
+    assert str(model) == repr(model)
     assert repr(model.sharding) == "Sharding(mesh={'dp': 2, 'ep': 2, 'tp': 2})"
     alone = tbjax.Sharding(jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape([1] * 6), AXES), "NO_SHARD")
     assert repr(alone) == "Sharding(mesh=one device, strategy='NO_SHARD')"

@@ -99,6 +99,9 @@ class Wrapped:
         with_defaults(self.module, defaults or Defaults())
         self.gradients: dict[str, jax.Array] = {}
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.module!r})"
+
     def __call__(self, batch: Any = None, attention_mask: Any = None, labels: Any = None, **more: Any) -> "Output":
         """What the model makes of a batch: a mapping with `input_ids`, `labels` and `attention_mask`, or these."""
         if isinstance(batch, Mapping):

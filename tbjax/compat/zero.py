@@ -43,6 +43,7 @@ TUNING = (
 REPORTS = (
     "steps_per_print", "wall_clock_breakdown", "dump_state", "flops_profiler", "comms_logger", "tensorboard", "wandb",
     "csv_monitor", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "activation_checkpointing",  # how what is checkpointed is kept; whether anything is, the model's code says there
 )  # fmt: skip
 
 # Of `fp16`: where the dynamic loss scale starts and how it moves.
@@ -123,6 +124,13 @@ def deepspeed(config: Mapping[str, Any] | str | Path) -> DeepSpeedSettings:
             f"gradient_accumulation_steps={microbatches or 1}."
         )
     unused += values.skip(REPORTS)
+    scheduler = values.section("scheduler").take("type", None)
+    if scheduler is not None:
+        raise ValueError(
+            f"scheduler.type={scheduler!r}: DeepSpeed's schedules are not read. Leave `scheduler` and `optimizer` out, "
+            "and say both to train_config: settings.train_config(steps, optimizer='adamw', learning_rate=3e-4, "
+            "schedule='linear', warmup=100)."
+        )
     values.close()
     defaults = Defaults(precision=precision, offload=tuple(offload), microbatches=microbatches)
     return DeepSpeedSettings(strategy=STAGES[stage], training_defaults=defaults, options=options, unused=tuple(unused))
@@ -166,6 +174,8 @@ def _offloaded(section: "_Reader", name: str) -> bool:
 def _read(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config
+    if not Path(config).is_file():
+        raise FileNotFoundError(f"{config}: there is no such file, and a DeepSpeed config is one or a dict.")
     try:
         values = json.loads(Path(config).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

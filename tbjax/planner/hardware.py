@@ -29,6 +29,11 @@ __all__ = ["Cluster", "Hardware", "cluster", "hardware", "names", "recognise", "
 
 _SPEC = re.compile(r"(?P<name>[^:]+)(?::(?:(?P<slices>[^*]+)\*)?(?P<counts>[^*]+))?")
 
+# Google Cloud's names of slices, which count TensorCores where a chip has two (v4, v5p) and chips elsewhere:
+# https://cloud.google.com/tpu/docs/v5p and /v5e. They do not say the topology.
+_ACCELERATOR = re.compile(r"(?P<name>v4|v5p|v5litepod|v6e)-(?P<count>[1-9]\d*)")
+_CORES_OF_CHIP = {"v4": 2, "v5p": 2}
+
 _registered: dict[str, Hardware] = {}
 
 
@@ -133,6 +138,14 @@ def cluster(spec: str | Cluster) -> Cluster:
         )
     if spec.strip() == "auto":
         return _at_hand()
+    if named := _ACCELERATOR.fullmatch(spec.strip()):
+        chips = int(named["count"]) // _CORES_OF_CHIP.get(named["name"], 1)
+        kind = hardware(named["name"])
+        shapes = [f"{kind.name}:{spell(shape)}" for shape in _slices(kind) if math.prod(shape) == chips]
+        raise ValueError(
+            f"hardware={spec!r} is Google Cloud's name of {chips} chips, whose topology it does not say: "
+            + (f"write {' or '.join(shapes)}." if shapes else _slices_that_would_do(kind))
+        )
     kind = hardware(match["name"])
     counts = _counts(spec, match["counts"], "x") if match["counts"] else (1,) * (kind.torus or 1)
     slices = _counts(spec, match["slices"], None)[0] if match["slices"] else 1

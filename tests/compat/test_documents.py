@@ -370,13 +370,15 @@ def test_deepspeed_s_optimizers_do_what_deepspeed_s_do(kind, params, update):
         ({"zero_optimisation": {}}, "zero_optimisation={} is no setting"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "choose one"),
         ({"fp16": {"enabled": True, "loss_scale": 128}}, "loss_scale must be 0"),
+        ({"scheduler": {"type": "WarmupLR", "params": {}}}, "DeepSpeed's schedules are not read"),
+        ("nowhere.json", "there is no such file"),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type='Lamb' is unknown"),
         ({"train_batch_size": "auto"}, "train_batch_size is 'auto'"),
         ({"train_batch_size": 9, "train_micro_batch_size_per_gpu": 2}, "no multiple"),
     ],
 )
 def test_what_deepspeed_s_json_asks_in_vain_is_named(config, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         compat.deepspeed(config)
 
 

@@ -1,6 +1,7 @@
 """Specs of clusters: what each means, that it reads back, and what the errors say of those that cannot exist."""
 
 import dataclasses
+import re
 import types
 
 import jax
@@ -294,3 +295,17 @@ def test_a_gpu_record_tells_the_compiler_what_it_must_know(record: Hardware):
     # Float32 units x 2 x clock is the datasheet's rate outside the tensor cores.
     rate = target["core_count"] * target["fpus_per_core"] * 2 * target["clock_rate_ghz"] * 1e9  # type: ignore[operator]
     assert rate == pytest.approx(record.flops.get("float32_exact", record.flops["float32"]), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("v5p-128", "64 chips, whose topology it does not say: write v5p:4x4x4."),
+        ("v5litepod-16", "16 chips, whose topology it does not say: write v5e:4x4."),
+        ("v5p-4096", "v5p:8x16x16"),
+        ("v5p-10", "5 chips, whose topology it does not say: "),
+    ],
+)
+def test_the_names_of_google_cloud_are_told_as_topologies(name, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        cluster(name)

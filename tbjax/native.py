@@ -34,8 +34,8 @@ _asked = ContextVar("asked", default=False)
 # Of a product to try them with.
 _SIDE = 64
 
-# Into how many stretches a row of a weight is cut: within its loop the compiler casts a weight for no more than fifteen,
-# and with few, or long ones, the sums of the stretches are too many beside the weight. On a machine with two cores, of
+# Into how many stretches a row of a weight is cut: within its loop the compiler casts a weight for up to fifteen, and
+# with few, or long ones, the sums of the stretches are too many beside the weight. On a machine with two cores, of
 # bfloat16 weights with 576 and 1536 features, twelve stretches were read at 18 to 30 GB/s, six at 14 to 16, and rows
 # that were summed whole at 11 to 16.
 _MOST_STRETCHES = 15

@@ -20,7 +20,7 @@ import typer
 
 from interop.families import FAMILIES
 from pictures.make import pipeline, plan
-from tbjax import cli
+from tbjax import cli, compat
 from tbjax.training.config import TrainConfig
 from tests import tiny
 from tests.interop import gguf_files
@@ -113,6 +113,12 @@ def test_every_name_of_the_documentation_is_there():
             for each in re.findall(r"(\w+)=", call)
         }
         assert asked <= fields, asked - fields
+
+
+def test_every_name_of_other_libraries_is_in_the_table():
+    text = (ROOT / "README.md").read_text()
+    names = set(compat.__all__) - {"DeepSpeedSettings"}  # what our own `deepspeed` gives
+    assert sorted(name for name in names if not re.search(rf"\b{name}\b", text.split("## Coming from")[1])) == []
 
 
 def test_every_make_target_of_the_documentation_is_there():

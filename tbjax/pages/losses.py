@@ -39,6 +39,7 @@ class Curve:
         self.evaluations = {step: loss for step, loss in evaluations.items() if math.isfinite(loss)}
         found = [loss for _, loss in self.points if math.isfinite(loss)] + list(self.evaluations.values())
         self.rungs = rungs(min(found), max(found)) if found else [0.0, 1.0]
+        self.digits = max(0, -math.floor(math.log10(self.rungs[1] - self.rungs[0]) + 1e-9))
 
     def x(self, step: float) -> float:
         share = (step - self.first) / max(1, self.last - self.first)
@@ -71,7 +72,7 @@ class Curve:
     def _rung(self, loss: float) -> Markup:
         y = self.y(loss)
         line = element("line", x1=LEFT, y1=y, x2=WIDTH, y2=y, class_="rung")
-        return Markup(line + element("text", f"{loss:.4g}", x=LEFT - 8, y=y + 4, class_="axis end"))
+        return Markup(line + element("text", f"{loss:.{self.digits}f}", x=LEFT - 8, y=y + 4, class_="axis end"))
 
     def _step(self, step: int) -> Markup:
         return element("text", f"{step:,}", x=self.x(step), y=float(HEIGHT - BELOW + 16), class_="axis")
@@ -113,5 +114,6 @@ def _content(curve: Curve, heading: str) -> list[Markup]:
         said.append(f"Each of its points is the mean of {curve.averaged} steps.")
     if curve.evaluations:
         said.append("Dots are the held-out data.")
-    head = element("header", element("div", "A training run", class_="eyebrow"), element("h1", heading))
+    title = heading[:1].upper() + heading[1:]
+    head = element("header", element("div", "A training run", class_="eyebrow"), element("h1", title))
     return [head, element("div", curve.svg(), class_="drawing"), note(" ".join(said))]

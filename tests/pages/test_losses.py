@@ -51,5 +51,5 @@ def test_a_long_run_is_drawn_by_means_of_neighbours():
 def test_a_run_of_one_step_or_none_has_a_page_too(losses, tmp_path):
     made = page(Curve(losses, {1: 2.0} if losses else {}), "a <run>", tmp_path / "run.html")
     assert (tmp_path / "run.html").read_text(encoding="utf-8") == made
-    assert "a &lt;run&gt;" in made
+    assert "A &lt;run&gt;" in made
     assert made.count("<circle") == len(losses)

@@ -12,7 +12,9 @@ from tbjax import LayerKind, ModelConfig
 from tbjax.config import Rope
 from tbjax.generate import decode, generate, prefill
 from tbjax.layers.cache import make_cache
+from tbjax.mesh import make_mesh
 from tbjax.sharding import leaves
+from tests.training.vocabulary import byte_tokenizer
 
 CONFIG = ModelConfig(
     family="llama",
@@ -25,6 +27,19 @@ CONFIG = ModelConfig(
     layer_kinds=(LayerKind(), LayerKind(window=5), LayerKind(), LayerKind(window=5), LayerKind()),
     max_positions=128,
 )
+# As Hugging Face writes it, with a vocabulary for `byte_tokenizer`.
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "architectures": ["LlamaForCausalLM"],
+}
 PROMPTS = ([5, 9, 200, 31], [7], [250, 3, 3, 8, 100, 41, 12, 13, 14, 15, 16, 17])
 
 
@@ -122,6 +137,25 @@ def test_what_cannot_be_continued_says_why(prompt, options, words):
 
 def test_nothing_asked_for_is_nothing_written():
     assert MODEL.generate([1, 2, 3], max_new_tokens=0) == []
+
+
+def test_a_stop_string_that_never_comes_leaves_the_answer_its_budget(tmp_path):
+    one = make_mesh((1, 1, 1), jax.devices()[:1])
+    tbjax.from_config(SMALL, one, seed=3).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    made = tbjax.load(tmp_path, one, progress=False)
+    options = {"max_new_tokens": 40, "eos_token_id": [], "return_dict_in_generate": True}
+    whole = made.generate("so", **options)
+    never = made.generate("so", stop_strings=["there is no such text"], **options)
+    assert never == whole
+    assert (never.end, len(never.tokens)) == ("length", 40)
+    assert (
+        "".join(made.generate("so", stop_strings="never", stream=True, max_new_tokens=40, eos_token_id=[]))
+        == never.text
+    )
+    stop = whole.text[3:5]
+    found = made.generate("so", stop_strings=stop, **options)
+    assert (found.end, found.text) == ("stop", whole.text[: whole.text.index(stop)])
 
 
 @pytest.mark.parametrize(("tokens", "words"), [([[1, 300]], "300"), ([[0.5]], "integers"), ([1, 2], "batch, sequence")])

@@ -68,7 +68,6 @@ def devices(cluster: Cluster, compiler: Compiler) -> list[Any]:
 
 def compile_case(case: Case) -> list[Program]:
     """Compile the programs of a case."""
-    _check(case)
     mesh = make_mesh(case.layout.mesh, devices(case.cluster, case.compiler))
     schedule = named(case.layout.schedule, case.layout.chunks) if case.workload.training else None
     cut = cut_for(case.config, schedule, case.layout.pp)
@@ -76,14 +75,6 @@ def compile_case(case: Case) -> list[Program]:
     if case.workload.training:
         return [_measure("step", _lower_step(case, sharding), case)[0]]
     return _compile_inference(case, sharding)
-
-
-def _check(case: Case) -> None:
-    if case.layout.cp > 1 and not case.workload.training:
-        raise NotImplementedError(
-            f"mesh axis 'cp' has size {case.layout.cp}, but no program generates text over it yet: cp=1, with those "
-            "devices on tp or fsdp, would do."
-        )
 
 
 def _lower_step(case: Case, sharding: Sharding) -> Any:

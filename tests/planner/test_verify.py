@@ -120,6 +120,14 @@ def test_the_callers_own_jax_is_as_it_was(trained):
     assert "device_count=8" in os.environ["XLA_FLAGS"]
 
 
+def test_over_cp_each_device_holds_all_weights_and_its_part_of_the_cache():
+    _, decode = verify(CONFIG, SERVE, Layout(cp=2), "cpu:2").programs
+    weights = 2 * 1024 * 256 + 6 * (2 * (8 + 4) * 64 * 256 + 3 * 256 * 512) + (2 * 6 + 1) * 256
+    cache = 6 * 2 * SERVE.global_batch * 4 * 64 * SERVE.seq_len // 2
+    # And of each row which tokens it has, and how far it is.
+    assert decode.bytes["argument"] == pytest.approx(4 * (weights + cache), abs=1024)
+
+
 def test_what_does_not_fit_is_said_with_what_is_missing(trained):
     small = dataclasses.replace(trained.cluster.hardware, memory=trained.compiled.total - 1, reserved=0)
     short = dataclasses.replace(trained, cluster=dataclasses.replace(trained.cluster, hardware=small))
@@ -137,8 +145,6 @@ def test_what_cannot_be_compiled_is_refused_before_or_by_the_process():
         verify(CONFIG, TRAIN, MIXED, "h100:8", "tpu")
     with pytest.raises(ValueError, match=r"global_batch=6 does not divide"):
         verify(CONFIG, dataclasses.replace(TRAIN, global_batch=6), MIXED, "cpu:8")
-    with pytest.raises(NotImplementedError, match="mesh axis 'cp' has size 2, but no program generates"):
-        verify(CONFIG, SERVE, Layout(cp=2), "cpu:2")
     with pytest.raises(ValueError, match="depths has 9, but the model has 6 layers"):
         verify(CONFIG, TRAIN, MIXED, "cpu:8", depths=(2, 9))
 

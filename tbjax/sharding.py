@@ -260,6 +260,9 @@ class Sharding:
             found.append(value if used == stored else weights.gathered_integers(value, self, used, stored))
         values, *frame = found
         spec = self.parameter(weight.dims, values.shape, cut=None if stationary else False).spec
+        if weight.offset is not None and self.platform == "tpu":
+            # Its compiler would have groups lie otherwise, and turn whole stacks of integers round before it begins.
+            values = weights.pinned(values, self, spec)
         if self.size(*axes_of(spec[1])) > 1 and weight.scale.dims[1] is None and weight.offset is not None:
             frame = [self.lay(jnp.repeat(a, values.shape[1] // a.shape[1], axis=1), spec) for a in frame]
         return Parts(values, *frame)

@@ -352,22 +352,34 @@ def test_a_plan_says_how_weights_are_quantised():
 # --- What compilers and numbers say -----------------------------------------------------------------------------------
 
 
+def of_sixteen_layers():
+    sizes = {"vocab_size": 1024, "embed": 1024, "mlp": 4096, "heads": 16, "kv_heads": 8, "head_dim": 64}
+    return ModelConfig(family="llama", layer_kinds=(LayerKind(),) * 16, max_positions=64, **sizes)
+
+
+def serving(quantization):
+    served = {"task": "inference", "global_batch": 2, "seq_len": 64, "new_tokens": 32, "precision": "bfloat16"}
+    return Workload(quantization=quantization, **served)
+
+
 @pytest.mark.skipif(not installed("cuda"), reason="the CUDA plugin is not installed: tbjax[verify]")
 @pytest.mark.parametrize("quantization", ["int8:channel", "int4"])
 def test_a_program_for_gpus_has_packed_weights_and_no_floats_of_a_stack(quantization):
-    sizes = {"vocab_size": 1024, "embed": 1024, "mlp": 4096, "heads": 16, "kv_heads": 8, "head_dim": 64}
-    config = ModelConfig(family="llama", layer_kinds=(LayerKind(),) * 16, max_positions=64, **sizes)
-    workload = Workload(
-        task="inference", global_batch=2, seq_len=64, new_tokens=32, precision="bfloat16", quantization=quantization
-    )
-    layout = Layout(tp=8)
-    *_, decode = verify(config, workload, layout, "h100:8").programs
+    config, layout = of_sixteen_layers(), Layout(tp=8)
+    *_, decode = verify(config, serving(quantization), layout, "h100:8").programs
     weights = bytes_per_device(config, layout, 2, quantization)
     cache = 16 * 2 * 2 * 64 * 64 * 2  # layers, keys and values, rows, slots, features of a device, bytes
     assert weights + cache <= decode.bytes["argument"] <= weights + cache + 2**16
     assert decode.bytes["temp"] < 2 * 16 * 1024 * 4096 / 8
     assert sum(c.count for c in decode.collectives if c.kind == "all-reduce") == 2 * 16 + 1
     assert all(c.bytes / c.count < 2**16 for c in decode.collectives)  # no weights
+
+
+@pytest.mark.skipif(not installed("tpu"), reason="libtpu is not installed: tbjax[verify]")
+def test_a_program_for_tpus_turns_no_stack_of_integers_round():
+    config, layout = of_sixteen_layers(), Layout(tp=4)
+    for program in verify(config, serving("int8"), layout, "v5p:2x2x1").programs:
+        assert program.bytes["temp"] < 16 * 1024 * 4096 / 4, program.name  # one projection's stack
 
 
 @pytest.mark.slow

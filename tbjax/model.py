@@ -150,7 +150,7 @@ class Decoder(nnx.Module):
         return Layers(self)
 
     def __repr__(self) -> str:
-        """One line; `model.layers[0]` shows a layer's parts, `nnx.display(model)` all of them."""
+        """One line; `model.layers[0]` shows a layer's parts, `nnx.display(model)` in a notebook all of them."""
         from tbjax.planner import words  # which is about the same configs, and no part of the model
 
         mesh = words.spelled_sizes(self.mesh.shape)

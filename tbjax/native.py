@@ -83,7 +83,7 @@ def _of_one_row(x: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.sum(weight.astype(jnp.float32) * x, axis=1)
     stretches = [slice(first, first + length) for first in range(0, features, length)]
     summed = functools.reduce(jnp.add, [weight[:, s].astype(jnp.float32) * x[s] for s in stretches])
-    return summed @ jnp.ones(length)
+    return summed @ jnp.ones(length, jnp.float32)
 
 
 def _stretch(features: int) -> int | None:

@@ -52,9 +52,9 @@ def keys(row: str = "whole") -> Keys:
 @pytest.mark.parametrize("row", ["whole", "padded", "packed"])
 @pytest.mark.parametrize("scoring", SCORINGS.values(), ids=SCORINGS)
 def test_blocks_give_the_values_and_gradients_of_all_scores_at_once(scoring, row, monkeypatch):
-    # Four bands of 96 queries, the last of 12, in blocks of 32: neither divides what it cuts.
+    # Four bands of 96 queries, the last of 12, in blocks of 64: neither divides what it cuts.
     monkeypatch.setattr(blocks, "BLOCK_MULTIPLE", 32)
-    monkeypatch.setattr(blocks, "SCORE_BYTES", 4 * S * B * K * G * 40)
+    monkeypatch.setattr(blocks, "SCORE_BYTES", 4 * S * B * K * G * 4 * 50)
 
     def out_and_gradients(implementation):
         def total(*operands):
@@ -67,6 +67,21 @@ def test_blocks_give_the_values_and_gradients_of_all_scores_at_once(scoring, row
     for ours, wanted in zip(out_and_gradients("blockwise"), out_and_gradients("plain"), strict=True):
         # A sum of terms that nearly cancel keeps their rounding: four units in the last place of the largest.
         np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=4 * np.spacing(np.max(np.abs(wanted))))
+
+
+def test_queries_that_fill_up_a_block_have_no_gradient(monkeypatch):
+    """What they would see has scores that float32 cannot exponentiate: steep slopes, in a window."""
+    monkeypatch.setattr(blocks, "BLOCK_MULTIPLE", 32)
+    monkeypatch.setattr(blocks, "SCORE_BYTES", 4 * S * B * K * G * 4 * 50)  # blocks of 64 in bands of 96
+    steep = Scoring(scale=0.35, window=20, slopes=((3.0, 1.0, 0.5), (2.0, 0.25, 0.1)))
+
+    def gradients(implementation):
+        total = lambda *operands: jnp.sum(jnp.sin(attend(*operands, keys(), steep, ONE, implementation)))  # noqa: E731
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*operands())
+
+    for ours, wanted in zip(gradients("blockwise"), gradients("plain"), strict=True):
+        # Scores of some hundreds are rounded in the fifth place.
+        np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_plain_attention_is_what_the_formula_says():

@@ -89,8 +89,8 @@ class Band(NamedTuple):
         return key, value, Keys(keys.query_slots[self.first : self.last] - self.begin, None, positions, segments)
 
     def back(self, of_keys: jax.Array, count: int) -> jax.Array:
-        """The gradient of what the band sees as one of all `count` keys, in float32."""
-        return jnp.pad(of_keys.astype(jnp.float32), ((0, 0), (self.begin, count - self.last), (0, 0), (0, 0)))
+        """The gradient of what the band sees as one of all `count` keys."""
+        return jnp.pad(of_keys, ((0, 0), (self.begin, count - self.last), (0, 0), (0, 0)))
 
 
 def bands_of(queries: int, window: int | None) -> tuple[Band, ...]:
@@ -154,16 +154,18 @@ def _backward(scoring: Scoring, block: int, bands: tuple[Band, ...], kept: Any, 
     query, key, value, keys, out, sums = kept
     given = _Given(out, sums, of_out)
     if len(bands) <= 1:
-        return *_gradients(scoring, block, query, key, value, keys, given), None
+        of_query, of_key, of_value = _gradients(scoring, block, query, key, value, keys, given)
+        return of_query, of_key.astype(key.dtype), of_value.astype(value.dtype), None
     parts = [
         _gradients(scoring, block, band.queries(query), *band.keys(key, value, keys), band.queries(given))
         for band in bands
     ]
     of_query, *of_both = zip(*parts, strict=True)
-    of_key, of_value = (
-        reduce(jnp.add, (band.back(part, key.shape[1]) for band, part in zip(bands, of_keys, strict=True)))
+    spread = [
+        [band.back(a.astype(jnp.float32), key.shape[1]) for band, a in zip(bands, of_keys, strict=True)]
         for of_keys in of_both
-    )
+    ]
+    of_key, of_value = (reduce(jnp.add, of_keys) for of_keys in spread)
     return jnp.concatenate(of_query, axis=1), of_key.astype(key.dtype), of_value.astype(value.dtype), None
 
 
@@ -186,7 +188,7 @@ def _summed(
 def _gradients(
     scoring: Scoring, block: int, query: jax.Array, key: jax.Array, value: jax.Array, keys: Keys, given: _Given
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Those of the queries, the keys and the values."""
+    """Those of the queries, the keys and the values; of the latter two in float32 where several blocks are summed."""
 
     def pull(query: jax.Array, slots: jax.Array, given: _Given) -> tuple[jax.Array, jax.Array, jax.Array]:
         return _block_gradients(scoring, query, key, value, keys._replace(query_slots=slots), given)
@@ -202,7 +204,7 @@ def _gradients(
     zeros = tuple(jnp.zeros_like(a, jnp.float32) for a in (key, value))
     queries = in_blocks(block, (query, keys.query_slots, given))
     (of_key, of_value), of_query = jax.lax.scan(step, zeros, queries)
-    return joined(of_query, query.shape[1]), of_key.astype(key.dtype), of_value.astype(value.dtype)
+    return joined(of_query, query.shape[1]), of_key, of_value
 
 
 # Products are spelled out in the order in which a cache lies, heads first. Given an einsum for the one query of
@@ -230,7 +232,8 @@ def _block_gradients(
     (query, of_out, out), (key, value) = _heads_first(query, given.of_out, given.out), _keys_heads_first(key, value)
     scores, pull = jax.vjp(partial(_scored, scoring, keys), _products(query, key))
     highest, share = (a[..., None] for a in _heads_first(*given.sums))
-    weights = jnp.exp(scores - highest) * share
+    # Of the queries that fill up the last block nothing is known: no score of theirs may exceed the highest.
+    weights = jnp.exp(jnp.minimum(scores - highest, 0)) * share
     of_weights = jnp.einsum("bkgqn,bktn->bkgqt", of_out, value, preferred_element_type=jnp.float32)
     shared = jnp.sum(out.astype(jnp.float32) * of_out.astype(jnp.float32), axis=-1, keepdims=True)
     (of_products,) = pull(weights * (of_weights - shared))

@@ -48,7 +48,7 @@ def compiled(model: str, machine: str, quantization: Any = None) -> Row:
     """The planner's layout, compiled."""
     plan = tbjax.plan(
         model, machine, task="inference", global_batch=BATCH, seq_len=SEQUENCE, new_tokens=NEW,
-        precision="bfloat16", runnable=True, quantization=quantization,
+        precision="bfloat16", quantization=quantization,
     )  # fmt: skip
     return Row(model, machine, {axis: size for axis, size in plan.mesh.items() if size > 1}, plan.verify())
 

@@ -5,7 +5,7 @@
     python -m benchmarks.scaling v5p 405B            compiles only what has both words in its model and its cluster
     python -m benchmarks.scaling --stored --svg FILE draws the curves
 
-Two tables. The models that others train on such machines, each laid out as `tbjax.plan(..., runnable=True)` lays it
+Two tables. The models that others train on such machines, each laid out as `tbjax.plan` lays it
 out; and Llama-2-70B from 64 devices upwards at a fixed batch for each device, which is how training grows. Every
 program is whole, compiled for all of its devices: none of them is there, and no layer is left out.
 
@@ -69,7 +69,7 @@ class Case(NamedTuple):
 
     def plan(self) -> Plan:
         rows = self.workload.global_batch
-        return plan(self.model, self.cluster, global_batch=rows, seq_len=self.seq_len, runnable=True)
+        return plan(self.model, self.cluster, global_batch=rows, seq_len=self.seq_len)
 
 
 # Sequences as long as the models were pretrained with, on as many devices as leave room for that batch.

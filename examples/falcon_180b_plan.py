@@ -34,7 +34,7 @@ def main() -> int:
     table = Table("hardware", "mesh", "memory", "tokens/s", "MFU", title="a small Falcon" if arguments.tiny else model)
     plans = []
     for spec in hardware:
-        plan = tbjax.plan(model, spec, task="train", runnable=True, **lengths)
+        plan = tbjax.plan(model, spec, task="train", **lengths)
         plans.append(plan)
         what = words.mesh(plan.layout) if plan.fits else "does not fit"
         speed = f"{plan.tokens_per_second:,.0f}", f"{plan.mfu:.0%}"

@@ -35,7 +35,6 @@ def main() -> int:
             global_batch=arguments.batch_size,
             seq_len=256 if arguments.tiny else arguments.seq_len,
             new_tokens=16 if arguments.tiny else 512,
-            runnable=True,
         )
         print(plan)
         if arguments.plan_only:

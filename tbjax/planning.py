@@ -27,12 +27,6 @@ USUAL_LENGTH = 4096
 # Of a sequence that is served, the part that is answer unless told otherwise.
 USUAL_ANSWER = 512
 
-# Axes that are planned for and cannot be run yet, by task, each with what it would be.
-NOT_YET: Mapping[Task, Mapping[str, str]] = {
-    "train": {},
-    "inference": {"cp": "serving with context parallelism"},
-}
-
 
 def plan(
     model: Any,
@@ -55,7 +49,6 @@ def plan(
     offload: Sequence[Offloaded] | Literal["any"] | None = None,
     objective: Objective = "throughput",
     search: Search = "analytic",
-    runnable: bool = False,
     revision: str | None = None,
 ) -> Plan:
     """The best way to lay `model` out over `hardware`.
@@ -71,10 +64,10 @@ def plan(
 
     What is None is chosen. `mesh` fixes axes: a dict those that it names, a tuple (dp, fsdp, tp) all, with -1 for
     those to choose. Offloading is the last resort unless `offload` names what to offload, or is "any": wherever it
-    helps on paper. `runnable=True` chooses among what tbjax can run today: no context parallelism in inference.
+    helps on paper.
 
     `objective` is "throughput", "latency" or "memory". With `search="verified"` the target's compiler compiles the best
-    few, so they must be runnable.
+    few.
     """
     config, name = model_config(model, revision=revision)
     where = cluster_of(hardware)
@@ -101,11 +94,6 @@ def plan(
         "chunks": chunks,
         "offload": offload if offload is None or isinstance(offload, str) else tuple(offload),
     }
-    if runnable or search == "verified":
-        for axis in NOT_YET[task]:
-            if fixed.get(axis) not in (None, 1):
-                raise ValueError(f"{axis}={fixed[axis]!r} cannot be run yet: leave it out, or plan without it.")
-            fixed[axis] = 1
     return best_plan(config, workload, where, fixed=fixed, objective=objective, search=search, model=name)
 
 
@@ -211,7 +199,7 @@ def settings_of(
 ) -> tuple[ShardingStrategy, bool]:
     """The sharding strategy and sequence parallelism that a plan asks for, of a model that is `config`.
 
-    Raises where the plan is for another model, cannot be run yet, or was overruled: a plan is run as it is.
+    Raises where the plan is for another model, or was overruled: a plan is run as it is.
     """
     names = ("vocab_size", "embed", "mlp", "heads", "kv_heads", "head_dim", "layers", "moe", "tie_embeddings")
     shapes = [(name, getattr(plan.config, name), getattr(config, name)) for name in names]
@@ -219,12 +207,6 @@ def settings_of(
     if different:
         raise ValueError(f"the plan is for another model, {plan.model or plan.config.family}: {', '.join(different)}.")
     layout = plan.layout
-    for axis, means in NOT_YET[plan.workload.task].items():
-        if layout.mesh[axis] > 1:
-            raise NotImplementedError(
-                f"the plan has {axis}={layout.mesh[axis]}: tbjax plans {means} but does not run that yet. Plan with "
-                "runnable=True for the best that it does run."
-            )
     if sharding is not None and ShardingStrategy(sharding) != layout.strategy:
         raise ValueError(f"sharding={sharding}, but the plan says {layout.strategy}: plan with sharding={sharding!r}.")
     if sequence_parallel not in (None, layout.sequence_parallel):

@@ -229,7 +229,7 @@ def test_a_schedule_that_a_model_lies_for_is_the_one_that_trains_it(folder):
     with pytest.raises(ValueError, match=r"stage_layers=\[1, 1\]: the mesh has no stages"):
         tbjax.load(folder, mesh=(1, 8, 1), stage_layers=[1, 1], progress=False)
     options = {"task": "train", "global_batch": 8, "seq_len": 32, "mesh": {"pp": 2}, "schedule": "1f1b"}
-    planned = tbjax.plan(folder, "cpu:8", runnable=True, **options)
+    planned = tbjax.plan(folder, "cpu:8", **options)
     with pytest.raises(ValueError, match="the plan has the schedule '1f1b'"):
         tbjax.load(folder, mesh=planned, schedule="zb-v", progress=False)
 

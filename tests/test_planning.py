@@ -115,14 +115,15 @@ def test_a_short_model_gets_its_own_length():
     assert planned().workload.seq_len == 64
 
 
-def test_what_can_be_run_is_all_that_is_planned_if_so_asked():
-    plan = planned("llama-2-70b-hf", "a100-80:2x8", global_batch=64, runnable=True)
-    assert plan.fits
-    assert planned(mesh={"pp": 2, "cp": 2}, runnable=True).layout.cp == 2
-    served = planned("llama-2-70b-hf", "a100-80:2x8", task="inference", global_batch=16, runnable=True)
-    assert all(candidate.layout.cp == 1 for candidate in [served, *served.candidates])
-    with pytest.raises(ValueError, match="cp=2 cannot be run yet"):
-        planned(mesh={"cp": 2}, task="inference", runnable=True)
+def test_a_sequence_that_is_served_may_be_cut_over_devices():
+    plan = planned(mesh={"cp": 2, "tp": 4}, task="inference")
+    assert plan.layout.cp == 2
+    model = tbjax.from_config(CONFIG, mesh=plan)
+    assert dict(model.mesh.shape) == plan.mesh
+    alone = model.moved(tbjax.make_mesh((1, 1, 1), jax.devices()[:1]))
+    prompt = [[1, 2, 3, 4, 5]]
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": []}
+    assert model.generate(prompt, **options) == alone.generate(prompt, **options)
 
 
 # --- Fixed ------------------------------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def test_what_cannot_be_says_what_would_do(options, words):
 
 
 def test_a_model_is_born_as_it_was_planned():
-    plan = planned(mesh={"tp": 2}, sharding="OPTIMIZER", sequence_parallel=True, runnable=True)
+    plan = planned(mesh={"tp": 2}, sharding="OPTIMIZER", sequence_parallel=True)
     model = tbjax.from_config(CONFIG, mesh=plan)
     assert model.plan is plan
     assert dict(model.mesh.shape) == plan.mesh
@@ -229,7 +230,7 @@ def test_a_model_is_born_as_it_was_planned():
 
 def test_a_checkpoint_is_loaded_as_it_was_planned(tmp_path):
     tiny.save(tiny.BY_NAME["llama"], tmp_path)
-    plan = tbjax.Plan.from_json(planned(tmp_path, runnable=True, global_batch=16, seq_len=32).to_json())
+    plan = tbjax.Plan.from_json(planned(tmp_path, global_batch=16, seq_len=32).to_json())
     model = tbjax.load(tmp_path, mesh=plan, progress=False)
     assert model.plan == plan
     assert dict(model.mesh.shape) == plan.mesh
@@ -237,7 +238,7 @@ def test_a_checkpoint_is_loaded_as_it_was_planned(tmp_path):
 
 
 def test_a_pipeline_that_trains_is_laid_out_over_its_stages():
-    plan = planned(mesh={"pp": 2, "tp": 2}, global_batch=16, runnable=True)
+    plan = planned(mesh={"pp": 2, "tp": 2}, global_batch=16)
     model = tbjax.from_config(CONFIG, mesh=plan)
     assert dict(model.mesh.shape) == plan.mesh
     for path, dims, variable in leaves(model):
@@ -245,13 +246,8 @@ def test_a_pipeline_that_trains_is_laid_out_over_its_stages():
         assert (dims[0] == "layers") == (len(spec) > 0 and spec[0] == "pp"), path
 
 
-def test_what_cannot_be_run_yet_is_refused_at_the_door():
-    with pytest.raises(NotImplementedError, match=r"cp=2.*context parallelism.*runnable=True"):
-        tbjax.from_config(CONFIG, mesh=planned(mesh={"cp": 2}, task="inference"))
-
-
 def test_a_plan_for_another_model_is_refused():
-    other = planned("llama-2-7b-hf", "cpu:8", runnable=True)
+    other = planned("llama-2-7b-hf", "cpu:8")
     with pytest.raises(ValueError, match=r"another model, llama-2-7b-hf: .*embed is 4096 there and 64 here"):
         tbjax.from_config(CONFIG, mesh=other)
 
@@ -267,7 +263,7 @@ def test_a_plan_is_not_overruled():
 
 def test_a_plan_for_other_machines_names_both_numbers():
     with pytest.raises(ValueError, match="64 devices, but there are 8"):
-        tbjax.from_config(CONFIG, mesh=planned(hardware="h100:8x8", runnable=True))
+        tbjax.from_config(CONFIG, mesh=planned(hardware="h100:8x8"))
 
 
 # --- What it needs ----------------------------------------------------------------------------------------------------

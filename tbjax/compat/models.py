@@ -129,7 +129,7 @@ class DistributedLLMOptimizer:
         if count != where.devices:
             where = cluster(f"{where.hardware.name}:{count}")
         wanted: dict[str, Any] = {"mesh": asked or None, "quantization": self.quantization_or_none}
-        plan = api.plan(self.model_name, where, task="inference", runnable=True, **wanted)
+        plan = api.plan(self.model_name, where, task="inference", **wanted)
         return make_mesh(plan.mesh, self.devices)
 
     def load_model(self) -> CausalLM:

@@ -124,10 +124,11 @@ def deepspeed(config: Mapping[str, Any] | str | Path) -> DeepSpeedSettings:
             f"gradient_accumulation_steps={microbatches or 1}."
         )
     unused += values.skip(REPORTS)
-    scheduler = values.section("scheduler").take("type", None)
-    if scheduler is not None:
+    scheduler = values.section("scheduler")
+    kind = scheduler.take("type", None)
+    if kind is not None or scheduler.take("params", None) is not None:
         raise ValueError(
-            f"scheduler.type={scheduler!r}: DeepSpeed's schedules are not read. Leave `scheduler` and `optimizer` out, "
+            f"scheduler.type={kind!r}: DeepSpeed's schedules are not read. Leave `scheduler` and `optimizer` out, "
             "and say both to train_config: settings.train_config(steps, optimizer='adamw', learning_rate=3e-4, "
             "schedule='linear', warmup=100)."
         )

@@ -1,13 +1,14 @@
 """Attention itself: weighted sums of values, in the form that suits the size and the device.
 
-    plain      all scores at once: short sequences, and decoding, where there is one query
+    plain      all scores at once
     blockwise  a block of queries at a time (`tbjax.layers.blocks`), so that scores never stand in memory as a whole
     cudnn      NVIDIA's fused kernel, for what it knows
     splash     TPU's (`tbjax.layers.splash`), likewise
 
 Each computes the same function. `implementation=None` takes the device's kernel where it serves, and otherwise as large
-a block as a fixed budget of scores allows, which for short sequences is all queries: plain. No form keeps scores for
-the backward pass; all compute them again from queries and keys.
+a block as a fixed budget of scores allows, which for the one query of decoding is all. No form keeps scores for the
+backward pass; all compute them again from queries and keys. What attention gave can be kept ("attended" to
+`tbjax.remat`): a kernel computes it again all the same, for the sums that it alone knows.
 
 B batch, S queries, T keys, K key-value heads, G queries per key-value head, N head dimension.
 """

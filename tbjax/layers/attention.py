@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tbjax.config import LayerKind, ModelConfig
 from tbjax.layers.attend import attend
-from tbjax.layers.blocks import ATTENDED, Keys, Scoring
+from tbjax.layers.blocks import Keys, Scoring
 from tbjax.layers.context import CutKeys, attend_over_context
 from tbjax.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tbjax.layers.norm import RMSNorm
@@ -139,7 +139,7 @@ class Attention(nnx.Module):
         key, value = (self._over_heads(layout.spread_keys(a), sequence) for a in (key, value))
         scoring = self._scoring(layout)
         if isinstance(keys, CutKeys):
-            out = checkpoint_name(attend_over_context(query, key, value, keys, scoring, self.sharding), ATTENDED)
+            out = attend_over_context(query, key, value, keys, scoring, self.sharding)
         else:
             if cache is not None:
                 cache, key, value, keys = cache.write(key, value, keys, self.config, self.sharding)

@@ -30,10 +30,11 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from tbjax.config import ModelConfig
-from tbjax.layers.blocks import Scoring, block_queries
+from tbjax.layers.blocks import ATTENDED, Scoring, block_queries
 from tbjax.layers.pairs import Chunk, Known, Pairs, Queries, Running
 from tbjax.layers.rope import depends_on_length, within
 from tbjax.sharding import ContextMethod, Sharding
@@ -44,7 +45,7 @@ Tree = TypeVar("Tree")
 
 
 class CutKeys(NamedTuple):
-    """What a query may look at where cp cuts the sequence, in ring order: see `tbjax.layers.attend.Keys`."""
+    """What a query may look at where cp cuts the sequence, in ring order: see `tbjax.layers.blocks.Keys`."""
 
     valid: jax.Array | None  # [B, S] bool: a real token stands there; None: everywhere
     positions: jax.Array  # [B, S]
@@ -181,7 +182,8 @@ def _forward(
     mapped = sharding.per_device(
         run, (of_queries, of_keys, of_keys, of_tokens, of_slopes), out_specs=(of_queries, of_numbers)
     )
-    out, logarithm = mapped(query, key, value, keys, scoring.slopes and jnp.asarray(scoring.slopes))
+    found = mapped(query, key, value, keys, scoring.slopes and jnp.asarray(scoring.slopes))
+    out, logarithm = checkpoint_name(found, ATTENDED)  # as in `tbjax.layers.blocks`
     return out, (query, key, value, keys, out, logarithm)
 
 

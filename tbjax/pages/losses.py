@@ -36,7 +36,9 @@ class Curve:
             for number, part in enumerate(parts)
         ]
         self.averaged = size
-        self.evaluations = {step: loss for step, loss in evaluations.items() if math.isfinite(loss)}
+        self.evaluations = {
+            step: loss for step, loss in evaluations.items() if math.isfinite(loss) and first <= step <= self.last
+        }
         found = [loss for _, loss in self.points if math.isfinite(loss)] + list(self.evaluations.values())
         self.rungs = rungs(min(found), max(found)) if found else [0.0, 1.0]
         self.digits = max(0, -math.floor(math.log10(self.rungs[1] - self.rungs[0]) + 1e-9))
@@ -87,7 +89,8 @@ class Curve:
 
 def rungs(low: float, high: float) -> list[float]:
     """Round numbers, evenly apart, from below `low` to above `high`."""
-    span = (high - low) or abs(high) or 1.0
+    # Losses that differ by their rounding are one.
+    span = max(high - low, 1e-6 * abs(high)) or 1.0
     power = 10.0 ** math.floor(math.log10(span / TICKS))
     apart = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= TICKS)
     first, last = math.floor(low / apart), math.ceil(high / apart)

@@ -75,9 +75,6 @@ def plan(
     quantization: Annotated[Quantization | None, typer.Option(help="Inference: of the weights.")] = None,
     objective: Annotated[Objective, typer.Option(help="What the best plan has most or least of.")] = "throughput",
     search: Annotated[Search, typer.Option(help="verified: the compiler judges the best few.")] = "analytic",
-    runnable: Annotated[
-        bool, typer.Option("--runnable", help="Only what tbjax can run today: no cp in inference.")
-    ] = False,
     mesh: Annotated[
         str,
         typer.Option(rich_help_panel=_FIXED, help="dp,fsdp,tp (as 1,8,8; -1 to choose) or axes (as ep=4,tp=2)."),
@@ -109,9 +106,7 @@ def plan(
             help="What goes to the host's memory. any: whatever helps on paper.",
         ),
     ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Let the target's compiler check the plan (implies --runnable).")
-    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Let the target's compiler check the plan.")] = False,
     out: Annotated[
         Path | None, typer.Option(rich_help_panel=_OUTPUT, help="Write the plan to this file, for verify, load, train.")
     ] = None,
@@ -149,7 +144,6 @@ def plan(
             offload=_OFFLOADED[offload] if offload else None,
             objective=objective,
             search=search,
-            runnable=runnable or verify,
             revision=revision,
         )
         if verify and made.fits and made.verification is None:

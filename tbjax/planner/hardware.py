@@ -139,8 +139,10 @@ def cluster(spec: str | Cluster) -> Cluster:
     if spec.strip() == "auto":
         return _at_hand()
     if named := _ACCELERATOR.fullmatch(spec.strip()):
-        chips = int(named["count"]) // _CORES_OF_CHIP.get(named["name"], 1)
-        kind = hardware(named["name"])
+        kind, cores = hardware(named["name"]), _CORES_OF_CHIP.get(named["name"], 1)
+        chips, rest = divmod(int(named["count"]), cores)
+        if rest:
+            raise ValueError(f"hardware={spec!r}: Google Cloud counts cores there, {cores} to a chip.")
         shapes = [f"{kind.name}:{spell(shape)}" for shape in _slices(kind) if math.prod(shape) == chips]
         raise ValueError(
             f"hardware={spec!r} is Google Cloud's name of {chips} chips, whose topology it does not say: "

@@ -114,7 +114,7 @@ class Plan:
     def from_json(cls, source: str | Path) -> "Plan":
         """The plan that `to_json` wrote: its text, or the path of the file."""
         text, where = str(source), "the plan"
-        if isinstance(source, Path) or not text.lstrip().startswith("{"):
+        if isinstance(source, Path) or not text.lstrip().startswith(("{", "[")):
             if not Path(source).is_file():
                 raise FileNotFoundError(f"{source}: there is no such file; `tbjax plan ... --out {source}` writes one.")
             text, where = Path(source).read_text(encoding="utf-8"), str(source)

@@ -277,9 +277,11 @@ class _Descent:
 
     def _too_large(self, lacking: int, layout: Layout) -> str:
         hardware = self.space.cluster.hardware
-        if self._memory(layout).host > hardware.host_memory_per_device:
+        on_host = self._memory(layout).host - hardware.host_memory_per_device
+        if on_host > 0:
             room = f"{gib(hardware.host_memory_per_device)} of the host's memory that a device may take"
-            return f"needs {gib(lacking)} more than the {room}"
+            short = f", and {gib(lacking - on_host)} more than its own" if lacking > on_host else ""
+            return f"needs {gib(on_host)} more than the {room}{short}"
         device = f"{gib(hardware.memory)} device, {gib(hardware.usable)} of it usable, can hold"
         means = [("recomputed", self.space.remats(layout)), ("offloaded", self.space.offloads(layout, layout.remat))]
         used = " and ".join(word for word, choices in means if len(choices) > 1)

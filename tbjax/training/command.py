@@ -293,9 +293,10 @@ def train(
             with working(f"writing {out}", quiet=quiet):
                 loaded.save_pretrained(out)
         if writes():
-            if html is not None:
-                result.to_html(html)
             _report(result, out, as_json, quiet)
+            if html is not None:
+                html.parent.mkdir(parents=True, exist_ok=True)
+                result.to_html(html)
     if result.end != "finished":
         number = signal.Signals[result.end] if result.end in signal.Signals.__members__ else signal.SIGTERM
         raise typer.Exit(128 + number)
@@ -317,7 +318,7 @@ def _planned(model: str, settings: "TrainConfig", sharding: str | None, revision
         "revision": revision,
     }
     asked |= {name: getattr(settings, name) for name in ("optimizer", "precision") if getattr(settings, name)}
-    return agreed(tbjax.plan(model, "auto", runnable=True, **asked))
+    return agreed(tbjax.plan(model, "auto", **asked))
 
 
 def _asked(data: str, **parts: str | None) -> dict[str, Any]:

@@ -371,6 +371,7 @@ def test_deepspeed_s_optimizers_do_what_deepspeed_s_do(kind, params, update):
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "choose one"),
         ({"fp16": {"enabled": True, "loss_scale": 128}}, "loss_scale must be 0"),
         ({"scheduler": {"type": "WarmupLR", "params": {}}}, "DeepSpeed's schedules are not read"),
+        ({"scheduler": {"params": {"warmup_num_steps": 10}}}, "DeepSpeed's schedules are not read"),
         ("nowhere.json", "there is no such file"),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type='Lamb' is unknown"),
         ({"train_batch_size": "auto"}, "train_batch_size is 'auto'"),

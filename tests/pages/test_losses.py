@@ -26,6 +26,16 @@ def test_the_numbers_beside_the_curve_are_round_and_around_it(one, other):
     assert 2 <= len(found) <= 8
 
 
+def test_losses_that_differ_by_their_rounding_are_level():
+    assert rungs(2.5, 2.5 + 1e-12) == pytest.approx(rungs(2.5, 2.5), rel=1e-5)
+
+
+def test_an_evaluation_of_another_part_of_the_run_is_not_drawn():
+    curve = Curve([3.0, 2.0, 1.0], {0: 9.0, 11: 2.0, 20: 0.1}, first=10)
+    assert curve.evaluations == {11: 2.0}
+    assert curve.rungs[-1] <= 4
+
+
 def test_a_lower_loss_is_drawn_lower_and_a_later_step_further_right():
     ((first, second, third),) = lines(Curve([3.0, 1.0, 2.0], {}))
     assert first[0] < second[0] < third[0]

@@ -197,13 +197,11 @@ def test_verifying_says_what_is_wrong(tmp_path):
     assert "Traceback" not in damaged.stderr
 
 
-def test_a_plan_that_cannot_be_compiled_yet_says_so(tmp_path):
+def test_a_plan_whose_compiler_does_not_compile_for_its_devices_says_so(tmp_path):
     file = tmp_path / "plan.json"
-    planned = run(
-        "plan", "smollm2-135m", "--hardware", "h100:8", "--task", "inference", "--cp", "2", "--out", file, "-q"
-    )
+    planned = run("plan", "smollm2-135m", "--hardware", "h100:8", "--task", "inference", "--out", file, "-q")
     assert planned.exit_code == 0
-    result = run("verify", file)
+    result = run("verify", file, "--compiler", "tpu")
     assert result.exit_code == 1
-    assert "cp" in result.stderr
+    assert "compiler='tpu' does not compile for h100:8" in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr

@@ -303,6 +303,7 @@ def test_a_gpu_record_tells_the_compiler_what_it_must_know(record: Hardware):
         ("v5p-128", "64 chips, whose topology it does not say: write v5p:4x4x4."),
         ("v5litepod-16", "16 chips, whose topology it does not say: write v5e:4x4."),
         ("v5p-4096", "v5p:8x16x16"),
+        ("v5p-1", "cores there, 2 to a chip"),
         ("v5p-10", "5 chips, whose topology it does not say: "),
     ],
 )

@@ -184,6 +184,7 @@ def test_other_plans_are_not_equal():
     [
         (lambda text: "{", ["is not JSON"]),
         (lambda text: "{}", ["is no plan", "tbjax plan"]),
+        (lambda text: "[]", ["is no plan"]),
         (lambda text: text.replace('"format": 1', '"format": 2'), ["format 2 is not 1"]),
         (lambda text: text.replace('"layout"', '"lay"', 1), ["unknown fields ['lay']"]),
         (lambda text: text.replace('"remat": "full"', '"remat": "some"', 1), ["remat", "'some'"]),
@@ -199,6 +200,8 @@ def test_a_damaged_file_says_what_is_wrong(tmp_path, change, words):
         assert word in str(error.value)
     with pytest.raises(FileNotFoundError, match=r"tbjax plan \.\.\. --out missing\.json"):
         Plan.from_json("missing.json")
+    with pytest.raises(ValueError, match="the plan is no plan"):
+        Plan.from_json("[]")
 
 
 def test_the_page_is_written(tmp_path):

@@ -48,7 +48,7 @@ def test_a_run_from_the_command_line(place, tmp_path, monkeypatch):
         *("train", place / "model", "--data", place / "data.jsonl", "--hold-out", "0.25", *OPTIONS),
         *("--config", tmp_path / "run.json", "--steps", "6", "--eval-every", "3"),
         *("--checkpoint-dir", tmp_path / "run", "--log", tmp_path / "log.jsonl", "--out", tmp_path / "out", "--json"),
-        *("--html", tmp_path / "run.html"),
+        *("--html", tmp_path / "pages" / "run.html"),
     )
     assert result.exit_code == 0, result.stderr
     assert re.search(r"^6 steps: loss .*, perplexity .*; wrote", result.stderr, re.MULTILINE)
@@ -58,7 +58,7 @@ def test_a_run_from_the_command_line(place, tmp_path, monkeypatch):
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] == said["loss"] < 0.8 * losses[0]
     assert [line["step"] for line in lines if "perplexity" in line] == [3, 6]
-    page = (tmp_path / "run.html").read_text(encoding="utf-8")
+    page = (tmp_path / "pages" / "run.html").read_text(encoding="utf-8")
     assert page.count("<circle") == 2  # the evaluations, on the curve
     assert "in steps 1 to 6" in page
     # What was written is what was trained, to others too.

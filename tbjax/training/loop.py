@@ -24,6 +24,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from tbjax.heap import give_back
 from tbjax.model import Decoder
 from tbjax.pages import losses as curves
 from tbjax.planner.plan import Plan
@@ -296,6 +297,9 @@ class _Run:
                         f"the data ended after {self.step} steps of {config.steps}: give more, let it repeat, or ask "
                         f"for steps={self.step}. The model has had these steps."
                     ) from None
+                if self.step == self.first:  # compiled first, to run in the room that the compiler took
+                    self.run_step.lower(self.state, batch).compile()
+                    give_back()
                 profile.before(self.step + 1, self.state)
                 self.state, metrics = self.run_step(self.state, batch)
                 # CPUs compute a step before the call returns.

@@ -89,6 +89,18 @@ def test_a_run_learns_and_trains_the_model_that_it_was_given(whole):
     assert not same_bits(whole.model, model())
 
 
+def test_a_step_is_compiled_once_and_what_the_compiler_took_given_back_before_it_runs(monkeypatch, caplog):
+    order = []
+    monkeypatch.setattr(loops, "give_back", lambda: order.append("given back"))
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
+        train(
+            model(), Batches(), TrainConfig(**BASE | {"steps": 3}), on_record=lambda record: order.append(record.step)
+        )
+    assert order == ["given back", 3]
+    compiled = [line for line in caplog.messages if line.startswith("Finished XLA compilation of jit(step)")]
+    assert len(compiled) == 1
+
+
 def test_it_takes_the_steps_of_a_loop_of_ones_own(whole, caplog):
     mine = model()
     config = TrainConfig(**BASE)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tbjax.config import ModelConfig
-from tbjax.generate.layers import singles
+from tbjax.generate.layers import Singles, singles
 from tbjax.generate.programs import chunk_of, decode, prefill
 from tbjax.generate.sampling import Rows, keys
 from tbjax.generate.settings import Settings
@@ -112,7 +112,7 @@ class _Batch:
         least: Sequence[int],
         settings: Settings,
         drawn: np.ndarray | None,
-        layers: Any,
+        layers: Singles | None,
     ) -> None:
         self.model = model
         self.tokens = tokens

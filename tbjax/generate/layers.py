@@ -6,7 +6,9 @@ the product. So there the programs of generation get each layer in arrays of its
 of the memory of the stack's part on its device.
 """
 
-from typing import Any, TypeAlias
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,26 +16,40 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tbjax.model import Block, Decoder
 
-Singles: TypeAlias = list[list[list[Block]]]  # of each group the repeats, of each repeat the blocks of its pattern
-
 # Of small layers the copies take no time that anyone would notice, and a scan compiles sooner.
 NOTABLE_BYTES = 2**20
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Singles:
+    """Each layer's arrays. They are hundreds, which only a plain list hands to a program within a millisecond."""
+
+    arrays: list[jax.Array]
+    # Of each group how often it repeats, and the form of each block of its pattern.
+    groups: tuple[tuple[int, tuple[jax.tree_util.PyTreeDef, ...]], ...] = dataclasses.field(metadata={"static": True})
+
+    def blocks(self) -> list[list[list[Block]]]:
+        """Of each group the repeats, of each repeat the blocks of its pattern."""
+        arrays = iter(self.arrays)
+        return [
+            [[form.unflatten([next(arrays) for _ in range(form.num_leaves)]) for form in forms] for _ in range(repeats)]
+            for repeats, forms in self.groups
+        ]
+
+
 def singles(model: Decoder) -> Singles | None:
-    """Each layer's blocks, or None where programs are better off with the stacks."""
+    """Each layer's arrays, or None where programs are better off with the stacks."""
     if model.mesh.devices.flat[0].platform != "cpu" or model.sharding.size("pp") > 1 or not model.scan:
         return None
     if not all(_bytes_of_one(stack) >= NOTABLE_BYTES for stack in model.stacks):
         return None
-    rows = []
+    arrays, groups = [], []
     for group, stack in zip(model.config.groups, model.stacks, strict=True):
-        flat = [(jax.tree.structure(block), [_views(a) for a in jax.tree.leaves(block)]) for block in stack]
-        rows.append([
-            [jax.tree.unflatten(form, [views[repeat] for views in arrays]) for form, arrays in flat]
-            for repeat in range(group.repeats)
-        ])  # fmt: skip
-    return rows
+        of_repeats = zip(*_views(jax.tree.leaves(list(stack))), strict=True)
+        arrays += [a for of_repeat in of_repeats for a in of_repeat]
+        groups.append((group.repeats, tuple(jax.tree.structure(block) for block in stack)))
+    return Singles(arrays, tuple(groups))
 
 
 def _bytes_of_one(stack: Any) -> float:
@@ -41,13 +57,24 @@ def _bytes_of_one(stack: Any) -> float:
     return sum(a.nbytes for a in arrays) / arrays[0].shape[0]
 
 
-def _views(stack: jax.Array) -> list[jax.Array]:
-    """The rows of a stack. What is not aligned as XLA wants it (norms of odd sizes) is copied."""
-    sharding = stack.sharding
-    spec = sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
-    own = NamedSharding(sharding.mesh, PartitionSpec(*spec[1:])) if isinstance(sharding, NamedSharding) else sharding
+def _views(stacks: Sequence[jax.Array]) -> list[list[jax.Array]]:
+    """Of each stack the rows. What is not aligned as XLA wants it (norms of odd sizes) is copied."""
+    parts = [{shard.device: np.asarray(shard.data) for shard in stack.addressable_shards} for stack in stacks]
     # All rows of a device at once: there are hundreds of them, and asking for each takes as long as to make it.
-    parts = [jax.device_put(list(np.asarray(shard.data)), shard.device) for shard in stack.addressable_shards]
-    return [
-        jax.make_array_from_single_device_arrays(stack.shape[1:], own, list(row)) for row in zip(*parts, strict=True)
+    placed = [
+        iter(jax.device_put([row for on_device in parts for row in on_device[device]], device)) for device in parts[0]
     ]
+    return [
+        [jax.make_array_from_single_device_arrays(shape, own, [next(rows) for rows in placed]) for _ in range(repeats)]
+        for (repeats, *shape), own in zip(map(np.shape, stacks), map(_of_one, stacks), strict=True)
+    ]
+
+
+def _of_one(stack: jax.Array) -> jax.sharding.Sharding:
+    """How one row of a stack is sharded."""
+    sharding = stack.sharding
+    return (
+        NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        if isinstance(sharding, NamedSharding)
+        else sharding
+    )

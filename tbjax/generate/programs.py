@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from tbjax.generate.layers import Singles
 from tbjax.generate.sampling import Chosen, Rows, Rules, choose
 from tbjax.layers.cache import KVCache, grown, make_cache
 from tbjax.model import Decoder
@@ -52,7 +53,7 @@ def prefill(
     rows: Rows,
     eos: jax.Array,
     done: jax.Array,
-    layers: Any = None,
+    layers: Singles | None = None,
     *,
     capacity: int,
     log_probabilities: bool = False,
@@ -70,20 +71,23 @@ def prefill(
     return chosen, State(cache, chosen.token, done | jnp.isin(chosen.token, eos), rows)
 
 
-def _read(model: Decoder, tokens: jax.Array, mask: jax.Array, layers: Any, capacity: int) -> tuple[jax.Array, KVCache]:
+def _read(
+    model: Decoder, tokens: jax.Array, mask: jax.Array, layers: Singles | None, capacity: int
+) -> tuple[jax.Array, KVCache]:
     """The last state of each prompt, [B, 1, D], and the cache that holds the prompts."""
     batch, length = tokens.shape
     chunk = chunk_of(model, batch, length)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    blocks = None if layers is None else layers.blocks()
     make = partial(make_cache, model.config, model.sharding, batch, dtype=model.dtype, stacked=layers is None)
     if chunk == length:
         # Attention over the prompt alone, and room for what follows behind it.
-        hidden = model.hidden(tokens, mask, positions, make(length), layers=layers)
+        hidden = model.hidden(tokens, mask, positions, make(length), layers=blocks)
         return hidden.states[:, -1:], grown(model.config, model.sharding, cast(KVCache, hidden.cache), length, capacity)
 
     def read(number: jax.Array, carry: Any) -> Any:
         cut = partial(jax.lax.dynamic_slice_in_dim, start_index=number * chunk, slice_size=chunk, axis=1)
-        hidden = model.hidden(cut(tokens), cut(mask), cut(positions), carry[1], layers=layers)
+        hidden = model.hidden(cut(tokens), cut(mask), cut(positions), carry[1], layers=blocks)
         return hidden.states[:, -1:], hidden.cache
 
     # Chunks in which no row has begun are passed over.
@@ -100,7 +104,7 @@ def decode(
     rules: Rules,
     eos: jax.Array,
     count: jax.Array,
-    layers: Any = None,
+    layers: Singles | None = None,
     *,
     room: int,
     log_probabilities: bool = False,
@@ -115,6 +119,8 @@ def decode(
         written, state = inference.decode(model, state, written, pick, eos, count)
         return _everywhere(model, written), state
 
+    blocks = None if layers is None else layers.blocks()
+
     def unfinished(carry: Any) -> jax.Array:
         number, _, state = carry
         return (number < count) & ~jnp.all(state.done)
@@ -123,7 +129,7 @@ def decode(
         number, written, state = carry
         position = jnp.sum(state.cache.valid, axis=1, keepdims=True)
         with where_it_serves(model.sharding):
-            hidden = model.hidden(state.token[:, None], None, position, state.cache, layers=layers)
+            hidden = model.hidden(state.token[:, None], None, position, state.cache, layers=blocks)
             scores = model.logits(hidden.states)[:, 0]
         chosen, rows = pick(scores, state.rows)
         written = jax.tree.map(lambda a, new: jax.lax.dynamic_update_index_in_dim(a, new, number, 1), written, chosen)

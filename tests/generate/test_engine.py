@@ -99,11 +99,11 @@ def test_long_prompts_in_chunks(model, monkeypatch):
 def test_layers_in_arrays_of_their_own_are_views_and_write_the_same(model, greedy, monkeypatch):
     assert layers.singles(model) is None  # copies of such small layers take no time
     monkeypatch.setattr(layers, "NOTABLE_BYTES", 0)
-    singles = layers.singles(model)
-    assert [len(group) for group in singles] == [group.repeats for group in CONFIG.groups]
+    groups = layers.singles(model).blocks()
+    assert [len(group) for group in groups] == [group.repeats for group in CONFIG.groups]
     stack = model.stacks[0][0].mlp.up.weight[...]
     first = stack.addressable_shards[0].data.unsafe_buffer_pointer()
-    for row, blocks in enumerate(singles[0]):
+    for row, blocks in enumerate(groups[0]):
         own = blocks[0].mlp.up.weight[...]
         assert own.unsafe_buffer_pointer() == first + row * own.nbytes
         np.testing.assert_array_equal(own, stack[row])

@@ -14,6 +14,8 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from tbjax import elsewhere
+
 if TYPE_CHECKING:
     from tbjax import checkpoint, layers, training
     from tbjax.api import CausalLM, from_config, load, plan, save
@@ -47,7 +49,7 @@ _HOMES = {
     "save": "tbjax.api",
     "train": "tbjax.training.loop",
 }
-_MODULES = ("checkpoint", "layers", "training")
+_MODULES = ("checkpoint", "collectives", "compat", "layers", "quantize", "training")
 
 __all__ = [  # noqa: RUF022 (in the order of a reader's interest)
     "plan",
@@ -82,6 +84,9 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"tbjax.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in importlib.import_module("tbjax.compat").__all__:
+        raise ImportError(f"tbjax: {name!r} is in tbjax.compat: from tbjax.compat import {name}.")
+    elsewhere.refuse_import("tbjax", name)
     raise AttributeError(f"module 'tbjax' has no attribute {name!r}")
 
 

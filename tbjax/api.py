@@ -25,6 +25,7 @@ from interop.tokenizer import Tokenizer
 from tbjax import checkpoint, generate, rows
 from tbjax.config import ModelConfig
 from tbjax.dtypes import float_dtype
+from tbjax.elsewhere import told_by_name
 from tbjax.generate import front
 from tbjax.generate.settings import known
 from tbjax.layers.linear import shapes_only
@@ -253,6 +254,7 @@ def _forward(model: Decoder, tokens: jax.Array, attention_mask: Any, positions: 
     return model.forward(tokens, attention_mask, positions, segments=segments).logits
 
 
+@told_by_name
 def load(
     name_or_path: str | Path,
     mesh: MeshSpec = None,
@@ -315,6 +317,7 @@ def load(
         return load_parameters(model, config, translation, files, budget=budget, progress=progress)
 
 
+@told_by_name
 def from_config(
     config: ModelConfig | Mapping[str, Any] | str | Path | Any,
     mesh: MeshSpec = None,

@@ -23,6 +23,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from tbjax.elsewhere import called_here
+
 log = logging.getLogger("tbjax")
 
 AXES: tuple[str, ...] = ("pp", "dp", "fsdp", "ep", "cp", "tp")
@@ -184,7 +186,8 @@ def _requested(spec: Mapping[str, int] | Sequence[int] | Planned | str | None) -
     if isinstance(spec, Mapping):
         unknown = [axis for axis in spec if axis not in AXES]
         if unknown:
-            raise ValueError(f"mesh axes {unknown} are unknown: tbjax knows {', '.join(AXES)}.")
+            said = called_here(*unknown) or f"tbjax knows {', '.join(AXES)}."
+            raise ValueError(f"mesh axes {unknown} are unknown: {said}")
         return dict(spec)
     if isinstance(spec, str) or not isinstance(spec, Sequence) or len(spec) != 3:
         raise ValueError(

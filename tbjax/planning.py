@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tbjax.config import ModelConfig
+from tbjax.elsewhere import told_by_name
 from tbjax.mesh import MeshSpec, fixed_sizes
 from tbjax.planner import models
 from tbjax.planner.hardware import Cluster
@@ -28,6 +29,7 @@ USUAL_LENGTH = 4096
 USUAL_ANSWER = 512
 
 
+@told_by_name
 def plan(
     model: Any,
     hardware: str | Cluster,

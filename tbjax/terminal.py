@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
@@ -21,11 +22,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from tbjax import elsewhere
+
 # What a user can cause: a wrong argument, a damaged or missing file, a package that is not installed, a device whose
 # memory is full. Anything else is a mistake of ours, and keeps its traceback.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
-FAILED = 1  # the exit code of work that could not be done; 0 is success, 2 a command line that cannot be understood
+FAILED = 1  # the exit code of work that could not be done; 0 is success
+MISUNDERSTOOD = 2  # a command line that cannot be understood
+
+# All that typer raises of a command line: its own name for it is not public.
+USAGE_ERROR: Any = typer.BadParameter.__base__
 INTERRUPTED = 130  # Ctrl-C: 128 and the signal's number, as shells have it
 
 MESH = "dp,fsdp,tp (as 1,4,2) or axes by name (as ep=4,tp=2); auto: all devices on fsdp."
@@ -55,8 +62,7 @@ def readable_errors(*, debug: bool) -> Iterator[None]:
         # read enough (`| head`).
         if debug or isinstance(error, typer.Exit | typer.Abort | BrokenPipeError) or hasattr(error, "exit_code"):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escaped(message)}")
+        _print_error(str(error) or type(error).__name__)
         raise typer.Exit(FAILED) from error
 
 
@@ -89,7 +95,7 @@ def parse_mesh(text: str | None) -> tuple[int, ...] | dict[str, int] | None:
     except ValueError:
         sizes = ()
     if len(sizes) != 3:
-        raise typer.BadParameter(f"{text!r}: give dp,fsdp,tp (as 1,4,2), axes by name (as ep=4,tp=2) or auto.")
+        raise typer.BadParameter(f"--mesh {text!r}: give dp,fsdp,tp (as 1,4,2), axes by name (as ep=4,tp=2) or auto.")
     return sizes
 
 
@@ -114,15 +120,22 @@ def run(app: typer.Typer, name: str) -> None:
     Ctrl-C ends it with `INTERRUPTED` and a word. (Training has its own way: it saves first.)
     """
     try:
-        app(prog_name=name)
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
-            sys.stderr.write("interrupted\n")
-        if end.code in (FAILED, INTERRUPTED) and "jax" in sys.modules:
-            from tbjax.hosts import leave
+        # Not standalone: then typer would print usage errors itself, in a frame, with pydantic's words.
+        code = app(prog_name=name, standalone_mode=False) or 0
+    except USAGE_ERROR as error:
+        if said := _usage(error):
+            _print_error(said)
+        code = MISUNDERSTOOD
+    except typer.Abort:
+        _print_error("stopped before an answer.")
+        code = FAILED
+    if code == INTERRUPTED:
+        sys.stderr.write("interrupted\n")
+    if code in (FAILED, INTERRUPTED) and "jax" in sys.modules:
+        from tbjax.hosts import leave
 
-            leave(end.code)
-        raise
+        leave(code)
+    sys.exit(code)
 
 
 def provide_cpu_devices(mesh: Sequence[int] | dict[str, int] | None, processes: int = 1) -> None:
@@ -135,6 +148,31 @@ def provide_cpu_devices(mesh: Sequence[int] | dict[str, int] | None, processes: 
     told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not told and all(size > 0 for size in sizes):
         os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(max(1, math.prod(sizes) // processes)))
+
+
+def _print_error(message: str) -> None:
+    said = _escaped(" ".join(message.split()))
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {said}")
+
+
+def _usage(error: Any) -> str:
+    """What was wrong with a command line: the option, the value that was given, what is allowed, where to read on.
+
+    Typer checks values with pydantic, whose messages say what an input should be and not what it was. Where it has
+    shown the help already, there is nothing to say.
+    """
+    problems = getattr(error.__cause__, "errors", None)
+    message = (error.message or "").removeprefix("Value error, ")
+    if problems and message.startswith("Input "):
+        message = f"{problems()[0]['input']!r} {message.removeprefix('Input ')}"
+    error.message = message
+    said = error.format_message() if getattr(error, "param", True) else message  # without one it is our own sentence
+    if not said:
+        return ""
+    unknown = () if hasattr(error, "param") else re.findall(r"[a-z]\w*", message.replace("-", "_"))
+    hint = elsewhere.called_here(*unknown)
+    parts = [said if said.endswith((".", "?")) else f"{said}.", hint, f"See `{error.ctx.command_path} --help`."]
+    return " ".join(filter(None, parts))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ import logging
 import pytest
 import typer
 
-from tbjax.terminal import parse_mesh, print_json, provide_cpu_devices, readable_errors, working
+from tbjax.cli import app
+from tbjax.terminal import parse_mesh, print_json, provide_cpu_devices, readable_errors, run, working
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,38 @@ def test_an_expected_error_is_one_paragraph_and_exit_code_1(error, capsys):
         raise error("config.json:\n  [field] is wrong")
     assert exited.value.exit_code == 1
     assert capsys.readouterr().err == "error: config.json: [field] is wrong\n"
+
+
+PLAN = ("plan", "smollm2-135m", "--hardware", "h100:8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((*PLAN, "--task", "serve"), "Invalid value for '--task': 'serve' is not one of 'train', 'inference'."),
+        ((*PLAN, "--tp", "0"), "Invalid value for '--tp': '0' should be greater than or equal to 1."),
+        ((*PLAN, "--mesh", "4"), "--mesh '4': give dp,fsdp,tp (as 1,4,2), axes by name (as ep=4,tp=2) or auto."),
+        (("plan", "smollm2-135m"), "Missing option '--hardware'."),
+        (("generate", "model"), "what is to be continued? Give --prompt, --prompts or --chat."),
+        (("verify", "plan.json", "--fast"), "No such option: --fast."),
+    ],
+)
+def test_a_command_line_that_is_not_understood_is_told_in_one_line(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tbjax", *arguments])
+    with pytest.raises(SystemExit) as exited:
+        run(app, "tbjax")
+    assert exited.value.code == 2
+    assert capsys.readouterr() == ("", f"error: {said} See `tbjax {arguments[0]} --help`.\n")
+
+
+def test_a_command_without_arguments_shows_its_help(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tbjax"])
+    with pytest.raises(SystemExit) as exited:
+        run(app, "tbjax")
+    shown = capsys.readouterr()
+    assert exited.value.code == 2
+    assert "Exit codes" in shown.out + shown.err
+    assert "error" not in shown.err
 
 
 def test_debug_lets_the_traceback_through():

@@ -2,11 +2,13 @@
 
 A snippet from there runs with its import line changed, on a model of ours. Names are imported when first asked for.
 PyTorch's own modules stand here by their last names: `torch` (with `cuda`, `optim` and `distributed` in it),
-`distributed` and `checkpoint`.
+`distributed` and `checkpoint`. A name of theirs that is not here is answered with ours (`tbjax.elsewhere`).
 """
 
 import importlib
 from typing import Any
+
+from tbjax import elsewhere
 
 _HOMES = {
     "auto": ("AutoModelForCausalLM", "NeMoAutoModelForCausalLM", "init_device_mesh"),
@@ -58,6 +60,7 @@ __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f"tbjax.compat.{_HOME[name]}"), name)
+    elsewhere.refuse_import("tbjax.compat", name)
     raise AttributeError(f"module 'tbjax.compat' has no attribute {name!r}")
 
 

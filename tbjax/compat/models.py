@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from tbjax import api, layers
 from tbjax.api import CausalLM
 from tbjax.compat.training import first_devices, with_defaults
+from tbjax.elsewhere import told_by_name
 from tbjax.mesh import make_mesh
 from tbjax.planner import estimates
 from tbjax.planner.hardware import cluster
@@ -51,6 +52,7 @@ FILLED = {
 }
 
 
+@told_by_name
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
     """How a model is to be spread. Sizes that are None are chosen."""
@@ -84,6 +86,7 @@ class DistributedConfig:
         return {axis: size for axis, size in named.items() if size is not None}
 
 
+@told_by_name
 class DistributedLLMOptimizer:
     """Loads a model over `num_gpus` devices (default: all)."""
 

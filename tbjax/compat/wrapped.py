@@ -31,6 +31,7 @@ from tbjax.api import CausalLM
 from tbjax.compat.devices import check_local
 from tbjax.compat.training import mesh_of, with_defaults
 from tbjax.dtypes import float_dtype
+from tbjax.elsewhere import told_by_name
 from tbjax.sharding import ShardingStrategy, by_path, with_arrays
 from tbjax.training.config import Defaults
 from tbjax.training.gradients import gradients_of
@@ -136,6 +137,7 @@ class Wrapped:
         return self
 
 
+@told_by_name
 class FullyShardedDataParallel(Wrapped):
     """FSDP: what `sharding_strategy` says of parameters, gradients and optimizer state is shared out over the devices.
 
@@ -161,6 +163,7 @@ class FullyShardedDataParallel(Wrapped):
         super().__init__(module, ShardingStrategy(sharding_strategy), mixed_precision, Defaults(offload=offload))
 
 
+@told_by_name
 class DistributedDataParallel(Wrapped):
     """DDP: every device has the whole model and its share of the batch.
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 import jax
 import optax
 
+from tbjax.elsewhere import called_here, told_by_name
 from tbjax.model import Decoder
 from tbjax.pipeline.schedule import named
 from tbjax.plain import plain, restore
@@ -65,6 +66,7 @@ class Defaults:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
+@told_by_name
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of a training run. Steps are counted from 1: `save_every=100` saves after steps 100, 200, ..."""
@@ -299,7 +301,8 @@ class TrainConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = [name for name in values if name not in known]
         if unknown:
-            raise ValueError(f"TrainConfig has no field {unknown[0]!r}: it has {', '.join(known)}.")
+            said = called_here(*unknown) or f"it has {', '.join(known)}."
+            raise ValueError(f"TrainConfig has no field {unknown[0]!r}: {said}")
         return restore(cls, values, "" if is_text else str(source))
 
 

@@ -1,0 +1,145 @@
+"""Who types another library's name is told ours, wherever they type it."""
+
+import inspect
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import tbjax
+from tbjax import compat, elsewhere
+from tbjax.cli import app
+from tbjax.mesh import make_mesh
+from tbjax.terminal import run
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("module", ["tbjax", "tbjax.compat"])
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("Accelerator", "tbjax.make_train_step"),
+        ("FSDP2Manager", 'sharding="FULL_SHARD"'),
+        ("DeepSpeedEngine", "tbjax.compat.deepspeed(config)"),
+        ("ScheduleZBVZeroBubble", 'TrainConfig(pipeline="zb-v")'),
+        ("ici_tensor_parallelism", "mesh={'tp': ...}"),
+        ("remat_policy", "TrainConfig(remat="),
+    ],
+)
+def test_a_name_that_is_imported(module, name, ours):
+    with pytest.raises(ImportError, match=rf"^{module}: '{name}' is .*; here it is .*{re.escape(ours)}"):
+        exec(f"from {module} import {name}")  # noqa: S102 (our own text)
+
+
+def test_what_nobody_has_is_missing_as_anywhere():
+    for module in (tbjax, compat):
+        assert not hasattr(module, "nobody_s")
+    with pytest.raises(ImportError, match=r"from tbjax\.compat import AutoModelForCausalLM"):
+        tbjax.AutoModelForCausalLM  # noqa: B018
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nobody_s'"):
+        tbjax.load("nothing", nobody_s=1)  # pyright: ignore[reportCallIssue]
+
+
+def test_a_module_of_ours_goes_before_a_setting_of_theirs():
+    assert "optim" in elsewhere.SETTINGS["transformers"]
+    elsewhere.refuse_import("tbjax.compat", "optim")
+    with pytest.raises(ImportError, match="learning_rate"):
+        elsewhere.refuse_import("tbjax.compat", "lr")
+
+
+TAKING = [
+    (lambda **given: tbjax.TrainConfig(steps=1, **given), "TrainConfig", "remat_policy", 'TrainConfig(remat="full")'),
+    (lambda **given: tbjax.TrainConfig(steps=1, **given), "TrainConfig", "lr", "TrainConfig(learning_rate=...)"),
+    (lambda **given: tbjax.load("nothing", **given), "load", "device_map", "mesh=..."),
+    (lambda **given: tbjax.load("nothing", **given), "load", "ici_fsdp_parallelism", "mesh={'fsdp': ...}"),
+    (lambda **given: tbjax.from_config({}, **given), "from_config", "tensor_parallel_size", "mesh={'tp': ...}"),
+    (lambda **given: tbjax.plan("nothing", "h100:8", **given), "plan", "per_device_batch_size", "batch_size=..."),
+    (
+        lambda **given: compat.AutoModelForCausalLM.from_pretrained("nothing", **given),
+        "load",
+        "load_in_8bit",
+        'quantization="int8"',
+    ),
+    (
+        lambda **given: compat.create_distributed_llm("nothing", **given),
+        "DistributedConfig",
+        "dcn_pipeline_parallelism",
+        "mesh={'pp': ...}",
+    ),
+    (
+        lambda **given: compat.DistributedLLMOptimizer("nothing", **given),
+        "DistributedLLMOptimizer",
+        "context_parallel_size",
+        "mesh={'cp': ...}",
+    ),
+    (
+        lambda **given: compat.DistributedDataParallel(None, **given),
+        "DistributedDataParallel",
+        "gradient_checkpointing",
+        'TrainConfig(remat="full")',
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "where", "name", "ours"), TAKING, ids=[f"{row[1]}-{row[2]}" for row in TAKING])
+def test_a_setting_that_is_given(call, where, name, ours):
+    told = (
+        "unexpected keyword argument" if ours is None else rf"^{where}: '{name}' is .*; here it is .*{re.escape(ours)}"
+    )
+    with pytest.raises(TypeError, match=told):
+        call(**{name: 1})
+
+
+def test_signatures_are_what_they_were():
+    assert "remat" in inspect.signature(tbjax.TrainConfig).parameters
+    assert list(inspect.signature(tbjax.load).parameters)[:2] == ["name_or_path", "mesh"]
+    assert inspect.getdoc(tbjax.load).startswith("A checkpoint as a sharded model.")
+
+
+def test_a_mesh_s_axis_and_a_key_of_a_config_s_json():
+    with pytest.raises(ValueError, match=r"ici_fsdp_parallelism.*here it is mesh={'fsdp': \.\.\.}"):
+        make_mesh({"ici_fsdp_parallelism": 8})
+    with pytest.raises(ValueError, match=r"no field 'zero_optimization'.*tbjax.compat.deepspeed"):
+        tbjax.TrainConfig.from_json(json.dumps({"steps": 1, "zero_optimization": {"stage": 3}}))
+
+
+@pytest.mark.parametrize("arguments", [["--remat_policy", "full"], ["--remat-policy", "full"], ["remat_policy=full"]])
+def test_an_option_of_a_command(arguments, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tbjax", "train", "model", "--data", "corpus.jsonl", *arguments])
+    with pytest.raises(SystemExit) as exited:
+        run(app, "tbjax")
+    assert exited.value.code == 2
+    assert "'remat_policy' is MaxText's; here it is TrainConfig(remat=" in capsys.readouterr().err
+
+
+def test_what_two_libraries_call_alike_is_told_of_both():
+    assert elsewhere.called_here("nothing", "gradient_accumulation_steps") == (
+        "'gradient_accumulation_steps' is MaxText's and DeepSpeed's and accelerate's; "
+        "here it is TrainConfig(microbatches=...)."
+    )
+
+
+def test_the_readme_s_table_and_this_one_know_the_same_names():
+    """Names that the table has on its left are compat's, or answered with ours; nothing of compat's is answered so."""
+    rows = re.findall(r"^\| (`.*?) \| ", README.split("## Coming from")[1].split("## Families")[0], re.MULTILINE)
+    names = {name for row in rows for name in re.findall(r"\b([A-Z]\w*[a-z]\w*|\w+_\w+)(?==|\(|`|\.)", row)}
+    assert {"ici_fsdp_parallelism", "dcn_data_parallelism", "remat_policy", "device_map"} <= names
+    answered = {name for table in (elsewhere.SETTINGS, elsewhere.NAMES) for ours in table.values() for name in ours}
+    assert not {name for names in elsewhere.NAMES.values() for name in names} & {*compat.__all__}
+    of_these = {"from_pretrained", "checkpoint_ratio", "offload_params", "world_size", "save_dot_except_mlp"}
+    assert names - of_these <= answered | {*compat.__all__}
+
+
+def test_every_field_and_name_that_an_answer_has_is_ours():
+    answers = [
+        ours for table in (elsewhere.SETTINGS, elsewhere.NAMES) for said in table.values() for ours in said.values()
+    ]
+    fields = inspect.signature(tbjax.TrainConfig).parameters
+    for call in re.findall(r"TrainConfig\((.*?)\)", " ".join(answers)):
+        assert {*re.findall(r"(\w+)=", re.sub(r"optax.*", "", call))} <= {*fields}, call
+    for name in re.findall(r"tbjax\.([\w.]+\w)", " ".join(answers)):
+        value = tbjax
+        for part in name.split("."):
+            value = getattr(value, part)

@@ -120,7 +120,9 @@ def resolve(
         repository, _, picked = name.partition(":")
         file = _fetch(repository, picked, revision, trust_pickle, families, weights)
     except hub.HFValidationError as error:
-        raise FileNotFoundError(f"{name}: there is no such file or folder, and it is no hub id: {error}") from error
+        raise FileNotFoundError(
+            f"{name}: there is no such file or folder, and it is no hub id (owner/name)."
+        ) from error
     # All that the hub raises is one of these: not reached, refused, not there, not cached. HTTPError is its HTTP
     # client's; which client that is changes from version to version, so the name is taken from the hub.
     except (OSError, hub.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]

@@ -344,6 +344,8 @@ def _settings(file: Path | None, given: dict[str, Any]) -> "TrainConfig":
             values = json.loads(file.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is not JSON: {error}.") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{file}: a config is a JSON object of TrainConfig's fields, not {values!r:.40}.")
     if "steps" not in values | given:
         raise ValueError("how many steps? Give --steps, or a --config that says.")
     from tbjax.training.config import TrainConfig

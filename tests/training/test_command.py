@@ -140,6 +140,17 @@ def test_what_is_not_understood_is_a_usage_error(arguments):
     assert "Usage:" in result.stderr
 
 
+def test_a_config_that_is_no_object_or_is_another_library_s_is_told(tmp_path):
+    for text, words in (
+        ("[1]", "a JSON object of TrainConfig's fields"),
+        ('{"steps": 1, "max_grad_norm": 1}', "clip_norm"),
+    ):
+        (tmp_path / "run.json").write_text(text)
+        result = run("train", "model", "--data", "a.txt", "--config", tmp_path / "run.json")
+        assert result.exit_code == 1
+        assert words in result.stderr
+
+
 def test_the_choices_are_the_trainers():
     assert get_args(command.Optimizer) == get_args(optimizer.Name)
     assert get_args(command.Schedule) == get_args(learning_rate.Schedule)

@@ -283,6 +283,8 @@ def test_sources_that_are_not_there_are_named(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="mixed: the folder holds text and tokens"):
         data.load(tmp_path / "mixed", tokenizer, **SIZES)
     (tmp_path / "a.csv").touch()
+    with pytest.raises(FileNotFoundError, match=r"nowhere: there is no such file or folder, and it is no data set's"):
+        data.load(tmp_path / "nowhere", tokenizer, **SIZES)
     with pytest.raises(ValueError, match=r"cannot be told from its ending '.csv'"):
         data.load(tmp_path / "a.csv", tokenizer, **SIZES)
     with pytest.raises(TypeError, match="int is no data"):

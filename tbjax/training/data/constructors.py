@@ -207,7 +207,9 @@ def _kind_of_path(source: str | Path) -> str:
         )
     if kind := _kind_by_ending(path):
         return kind
-    if path.exists() or not HUB_NAME.fullmatch(str(source)):
+    if not path.exists() and not HUB_NAME.fullmatch(str(source)):
+        raise FileNotFoundError(f"{source}: there is no such file or folder, and it is no data set's name on the hub.")
+    if path.exists():
         raise ValueError(
             f"{source}: what it is cannot be told from its ending {path.suffix!r}: use the function for its kind "
             "(data.text, data.jsonl, data.parquet, data.arrow, data.tokens)."

@@ -68,6 +68,8 @@ def _about(machine: Machine) -> Iterator[str]:
             if "libtpu" in machine.versions
             else "pip install 'tbjax[tpu]', which brings libtpu."
         )
+    if machine.platform == "cpu" and "JAX_PLATFORMS" not in variables:
+        yield from _idle_plugins(machine)
     proxies = [name for name in variables if name.lower().endswith("_proxy") and name.lower() != "no_proxy"]
     if proxies and machine.processes > 1:
         yield f"{', '.join(proxies)}: processes may look for each other through the proxy and hang: unset before a run."
@@ -95,6 +97,19 @@ def _about(machine: Machine) -> Iterator[str]:
             f"{machine.memory_available / 1e9:.1f} of {machine.memory / 1e9:.1f} GB of the host's memory are left: "
             "loading and saving may be ended by the kernel."
         )
+
+
+def _idle_plugins(machine: Machine) -> Iterator[str]:
+    """What is installed for devices that are not there: JAX tries it at each start, and complains at length."""
+    quiet = "On purpose? JAX_PLATFORMS=cpu stops JAX's complaints as it starts."
+    cuda = next((name for name in machine.versions if name.startswith("jax-cuda")), None)
+    if cuda and not machine.gpus_of_the_host:
+        yield (
+            f"{cuda} is installed, but the host shows no NVIDIA GPU, so JAX runs on the CPU: is its driver there "
+            f"(nvidia-smi), or was the container started without --gpus all? {quiet}"
+        )
+    if "libtpu" in machine.versions and not machine.tpus_of_the_host:
+        yield f"libtpu is installed, but the host shows no TPU, so JAX runs on the CPU. {quiet}"
 
 
 def _slow(machine: Machine, links: Sequence[Link]) -> Iterator[str]:

@@ -44,6 +44,9 @@ FAST = Link(
 def test_a_healthy_machine_has_nothing_to_look_into():
     across = dataclasses.replace(FAST, axis="dp", gb_per_second=45.0, crosses_hosts=True)
     assert hints(HEALTHY, [FAST, across]) == []
+    asked_for = {"platform": "cpu", "gpus_of_the_host": 0, "variables": {"JAX_PLATFORMS": "cpu"}}
+    plugins = {"jax-cuda12-plugin": "0.10.2", "libtpu": "0.0.30"}
+    assert hints(dataclasses.replace(HEALTHY, **asked_for, versions=plugins), []) == []
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,14 @@ def test_a_healthy_machine_has_nothing_to_look_into():
         (
             {"platform": "cpu", "gpus_of_the_host": 0, "tpus_of_the_host": 4},
             "4 TPU chips, but JAX runs on the CPU: pip install 'tbjax[tpu]'",
+        ),
+        (
+            {"platform": "cpu", "gpus_of_the_host": 0, "versions": {"jax-cuda12-plugin": "0.10.2"}},
+            "jax-cuda12-plugin is installed, but the host shows no NVIDIA GPU",
+        ),
+        (
+            {"platform": "cpu", "gpus_of_the_host": 0, "versions": {"libtpu": "0.0.30"}},
+            "libtpu is installed, but the host shows no TPU",
         ),
         (
             {"platform": "cpu", "gpus_of_the_host": 0, "tpus_of_the_host": 4, "versions": {"libtpu": "0.0.30"}},

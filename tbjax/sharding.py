@@ -297,7 +297,12 @@ class Sharding:
             if self.in_stage:
                 return self._lookup_by_part(tokens, rows, used, dtype or table.dtype)
             return cast(jax.Array, weights.take(rows, tokens, table.shape[0])).astype(dtype or table.dtype)
-        found = jnp.take(table[...], tokens, axis=0, mode="clip").astype(dtype or table.dtype)
+        stored = self.parameter(tuple(table.dims), table.shape).spec
+        if tokens.size == 1 and stored[0] is not None:
+            # XLA for NVIDIA makes a slice of a lookup of one row, for which it would gather the table.
+            found = self._lookup_by_part(tokens, table[...], stored, dtype or table.dtype)
+        else:
+            found = jnp.take(table[...], tokens, axis=0, mode="clip").astype(dtype or table.dtype)
         return self.lay(found, self.activation((*leading_dims(found), table.dims[1]), found.shape, STATIONARY_AXES))
 
     def _lookup_by_part(self, tokens: jax.Array, table: jax.Array, spec: PartitionSpec, dtype: Any) -> jax.Array:
@@ -306,7 +311,7 @@ class Sharding:
         It is what the compiler makes of a lookup elsewhere; in a pipeline stage it fails an assertion of its own (XLA
         of 2026-01: ExpandDeviceGroupsWithIota, of a gather where an outer axis is manual).
         """
-        rows = self.activation(("batch", "sequence", None), (*tokens.shape, table.shape[1]))
+        of_tokens = self.activation(("batch", "sequence"), tokens.shape)
         over = axes_of(spec[0])
 
         def find(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -316,7 +321,7 @@ class Sharding:
             found = jnp.where(here[..., None], weights.take(table, place, table.shape[0]), 0).astype(dtype)
             return jax.lax.psum(found, over) if over else found
 
-        return self.per_device(find, (spec, PartitionSpec(*rows[:2])), rows)(table, tokens)
+        return self.per_device(find, (spec, of_tokens), PartitionSpec(*of_tokens, spec[1]))(table, tokens)
 
     def place(self, module: Module) -> Module:
         """An abstract module with shardings on its leaves. Raises, with a mesh that would do, where this one cannot."""

@@ -15,6 +15,11 @@ TOKENS_AT_ONCE = 8192
 # But of a row no fewer.
 SMALLEST_CHUNK = 512
 
+# What a TPU keeps in one tile, of numbers of 16 bits. Keys and values of so many tokens, or a multiple of them, lie in
+# memory in the order of their dimensions. Of any other number a program would be given them in an order that spares
+# padding, and would turn all of them round: they would be there twice. Of few tokens they may.
+TILE = 16
+
 # Ropes that turn by the length of the whole, which they must see.
 WHOLE_ROPES = ("dynamic", "longrope")
 
@@ -53,5 +58,9 @@ def parts(config: ModelConfig, *, tp: int, cp: int) -> int:
 
 def slots(window: int | None, capacity: int, chunk: int, cut: int = 1) -> int:
     """How many tokens a layer keeps of up to `capacity`, of which `chunk` are written at once, to be cut equally."""
-    kept = capacity if window is None else min(capacity, window + chunk - 1)
-    return -(-kept // cut) * cut
+    whole = -(-capacity // cut) * cut
+    if window is None:
+        return whole
+    ring = window + chunk - 1
+    unit = cut * TILE if ring > SMALLEST_CHUNK else cut
+    return min(whole, -(-ring // unit) * unit)

@@ -181,6 +181,9 @@ CASES = (
          {"fsdp": 8, "tp": 2, "remat": "none", "sequence_parallel": True}),
     Case("llama 3.1 70b serve tp, long", "llama-3.1-70b", "h200:8", serve(4, 32768, 2048), {"tp": 8}),
     Case("qwen2.5 7b serve fsdp x tp", "qwen2.5-7b", "h100:8", serve(32, 4096, 512), {"fsdp": 4, "tp": 2}),
+    Case("mistral serve tp, window", "mistral-7b-v0.1", "h100:8", serve(8, 16384, 1024), {"tp": 8}),
+    Case("gemma 3 4b serve tp, read at once", "gemma-3-4b-pt", "h100:4", serve(1, 9216, 1024), {"tp": 4}),
+    Case("llama 3.1 8b serve cp, long", "llama-3.1-8b", "h100:8", serve(1, 131072, 512), {"cp": 8}),
     Case("70b fsdp x tp, more than fits", "llama-2-70b", "h100:8x8", train(128), {"fsdp": 8, "tp": 8}),
     Case("13b serve, more than fits", "llama-2-13b", "a100-40:1", serve(16, 4096, 1024), {}),
     # The CPU.
@@ -208,6 +211,7 @@ CASES = (
     Case("7b tpu microbatches", "llama-2-7b", "v5p:2x2x2", train(32), {"fsdp": 8, "microbatches": 4}),
     Case("7b tpu serve tp", "llama-2-7b", "v5p:2x2x2", serve(32, 4096, 1024), {"tp": 8}),
     Case("llama 3.1 8b tpu serve fsdp", "llama-3.1-8b", "v6e:2x4", serve(64, 4096, 1024), {"fsdp": 8}),
+    Case("mistral tpu serve tp, window", "mistral-7b-v0.1", "v5e:2x4", serve(8, 16384, 1024), {"tp": 8}),
 )  # fmt: skip
 
 

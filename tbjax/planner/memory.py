@@ -29,7 +29,7 @@ from tbjax.planner.workload import Layout, Workload
 FRAGMENTATION = 0.01
 
 # What is there before a program starts: nothing is lost between those.
-GIVEN = ("parameters", "optimizer", "batch", "KV cache")
+GIVEN = ("parameters", "optimizer", "batch", "KV cache", "KV cache of prompts")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
 from tbjax import room
@@ -13,6 +13,7 @@ from tbjax.planner.flight import activations_in_flight, arrivals_in_flight
 from tbjax.planner.liveness import Compiler, Layer, Live
 from tbjax.planner.parameters import TILE, Shard, bytes_per_device, shards, stage_layers
 from tbjax.planner.workload import Layout, Optimizer, Workload
+from tbjax.room import heads_are_whole
 from tbjax.sharding import STATIONARY_SHARE, ShardingStrategy
 
 # Float32 logits that the loss computes at once on a device (`tbjax.training.loss.CHUNK_BYTES`).
@@ -346,16 +347,19 @@ def _width(layer: Layer, live: Live, layout: Layout, compiler: Compiler) -> floa
 
 
 def of_inference(config: ModelConfig, workload: Workload, layout: Layout, hardware: Hardware) -> Moments:
-    # A long prompt is read in chunks.
-    prompt = room.tokens_at_once(config, layout.rows(workload), max(workload.prompt_len, 1), pp=layout.pp)
-    step = Step.make(config, workload, layout, hardware, prompt)
+    reading = Reading.make(config, workload, layout)
+    step = Step.make(config, workload, layout, hardware, reading.chunk)
     compute = workload.compute_bytes
-    slots = {kind: step.rows * _slots(config, workload, layout, step.rows, kind) for kind in step.kinds}
     share = step.layers / config.layers
     weights = _weights(config, "sgd", layout.strategy, layout.pp, layout.fsdp, layout.ep, layout.tp)
+
+    def caches(slots: Callable[[Layer], int]) -> float:
+        return share * compute * step.rows * sum(kind.repeats * kind.cached * slots(kind) for kind in step.kinds)
+
+    lasting = caches(reading.lasting)
     throughout: Parts = {
         "parameters": bytes_per_device(config, layout, workload.parameter_bytes, workload.quantization),
-        "KV cache": share * compute * sum(kind.repeats * kind.cached * slots[kind] for kind in step.kinds),
+        "KV cache": lasting,
     }
     head = 0
     if step.compiler == "cpu, bfloat16":
@@ -363,36 +367,82 @@ def of_inference(config: ModelConfig, workload: Workload, layout: Layout, hardwa
         head = 4 * step.table
         throughout["cast weights"] = head + 4 * weights.stacked
     found: list[tuple[str, Parts]] = []
-    if step.gathers and workload.global_batch * prompt > STATIONARY_SHARE * config.padded_vocab:
+    prompts: Parts = {}
+    if reading.at_once:
+        # Prompts that are read at once have a cache of their own, with all of them also where windows see less. What
+        # decoding gets is made of it in the end; its place is free until then.
+        own = caches(reading.slots)
+        prompts = {"KV cache of prompts": max(own - lasting, 0)}
+        found.append(("prefill, cache", {"KV cache of prompts": own}))
+    if step.gathers and workload.global_batch * reading.chunk > STATIONARY_SHARE * config.padded_vocab:
         # So many rows are looked up that the table is brought to the tokens.
-        found.append(("prefill, lookup", {"gathered weights": step.table * compute}))
+        found.append(("prefill, lookup", prompts | {"gathered weights": step.table * compute}))
     for kind in step.kinds:
-        cache = slots[kind] * compute * kind.cached  # of one layer, read out of the whole
-        found.append(("decode", {"working set": cache, "head": 2 * head}))
-        # The residual stream, its normed copy and, over tp, the sum of partial results.
-        stream = (3 if layout.tp > 1 else 2) * kind.embed
-        keys = -(-workload.seq_len // layout.cp)
-        block = liveness.block_of(step.tokens // step.rows, keys, step.rows * kind.heads)
-        attention = step.tokens * compute * (stream + kind.queries + 2 * kind.keys)
-        scores = step.rows * kind.heads * block * keys * (4 + compute)
-        found.append(("prefill, attention", {"working set": cache + attention, "scores": scores}))
-        inner = kind.inner + kind.queries
-        if kind.experts:
-            spread = kind.experts if step.compiler == "nvidia" else 1
-            inner = kind.copies * (kind.inner + spread * kind.inner // kind.matrices)
-        # What is quantised is gathered as it is.
-        each = workload.layer_bytes if workload.quantization else compute
-        gathered = (kind.weights - kind.outwards) * each if step.gathers else 0
-        feed_forward = cache + step.tokens * compute * (stream + inner)
-        found.append(("prefill, feed-forward", {"working set": feed_forward, "gathered weights": gathered}))
+        # Of one layer, read out of the whole.
+        found.append(("decode", {"working set": _of_layer(step, kind, reading.lasting(kind)), "head": 2 * head}))
+        found += [(f"prefill, {name}", prompts | alive) for name, alive in _reading(step, kind, reading)]
     return Moments(throughout, found)
 
 
-def _slots(config: ModelConfig, workload: Workload, layout: Layout, rows: int, kind: Layer) -> int:
-    """Tokens of a row that a device's cache has of one kind of layer, as `tbjax.layers.cache` allocates it."""
-    prompt, cut = max(workload.prompt_len, 1), room.parts(config, tp=layout.tp, cp=layout.cp)
-    chunk = room.tokens_at_once(config, rows, prompt, pp=layout.pp)
-    # A prompt that is read at once leaves rings to which single tokens are added.
-    written = 1 if chunk == prompt else chunk
-    window = None if room.in_stages(config, layout.pp) else kind.window
-    return room.slots(window, room.slots(None, workload.seq_len, written, cut), written, cut) // cut
+class Reading(NamedTuple):
+    """How prompts are read, and how many tokens of a row a device's caches have, as `tbjax.layers.cache` has them."""
+
+    length: int  # of a prompt
+    chunk: int  # tokens of a row that are read at once
+    capacity: int
+    cut: int  # parts that devices have of a cache's tokens
+    keeps_rings: bool
+
+    @classmethod
+    def make(cls, config: ModelConfig, workload: Workload, layout: Layout) -> "Reading":
+        length, staged = max(workload.prompt_len, 1), room.in_stages(config, layout.pp)
+        chunk = room.tokens_at_once(config, layout.rows(workload), length, pp=layout.pp)
+        cut = room.parts(config, tp=layout.tp, cp=layout.cp)
+        return cls(length, chunk, room.slots(None, workload.seq_len, chunk, cut), cut, not staged)
+
+    @property
+    def at_once(self) -> bool:
+        """Whether prompts have a cache of their own while they are read. Stages of a pipeline fill the lasting one."""
+        return self.chunk == self.length and self.keeps_rings
+
+    def lasting(self, kind: Layer) -> int:
+        """Tokens of the cache that decoding goes on with. Rings of prompts read at once get single tokens."""
+        return self._kept(kind, self.capacity, 1 if self.chunk == self.length else self.chunk)
+
+    def slots(self, kind: Layer) -> int:
+        """Tokens of the cache that prompts are read into."""
+        return self._kept(kind, self.length, self.length) if self.at_once else self.lasting(kind)
+
+    def _kept(self, kind: Layer, capacity: int, written: int) -> int:
+        return room.slots(kind.window if self.keeps_rings else None, capacity, written, self.cut) // self.cut
+
+
+def _of_layer(step: Step, kind: Layer, slots: int) -> float:
+    """Keys and values of one layer, out of a cache of so many tokens of a row."""
+    return step.rows * step.workload.compute_bytes * kind.cached * slots
+
+
+def _reading(step: Step, kind: Layer, reading: Reading) -> Iterator[tuple[str, Parts]]:
+    """What a layer has alive while a chunk of the prompts is read: at its scores, and in its feed-forward part."""
+    config, layout, compute = step.config, step.layout, step.workload.compute_bytes
+    slots, read = reading.slots(kind), step.rows * reading.chunk
+    cache = _of_layer(step, kind, slots)
+    # Beside attention stands the residual stream alone. Over cp, all devices have all queries of the chunk, and what
+    # each found in its part of the keys.
+    attention = compute * (step.tokens * kind.embed + read * 2 * (kind.queries + kind.keys))
+    heads = config.heads if heads_are_whole(config, layout.tp) else kind.heads
+    block = liveness.block_of(reading.chunk, slots * reading.cut, step.rows * heads)
+    # In float32 and, on their way to the product with values, as activations are: on TPU within that product.
+    scores = step.rows * heads * block * slots * (4 if step.compiler == "google" else 4 + compute)
+    yield "attention", {"working set": cache + attention, "scores": scores}
+    # The residual stream, its normed copy and, over tp, the sum of partial results.
+    stream = (3 if layout.tp > 1 else 2) * kind.embed
+    inner = kind.inner + kind.queries
+    if kind.experts:
+        spread = kind.experts if step.compiler == "nvidia" else 1
+        inner = kind.copies * (kind.inner + spread * kind.inner // kind.matrices)
+    # What is quantised is gathered as it is.
+    each = step.workload.layer_bytes if step.workload.quantization else compute
+    gathered = (kind.weights - kind.outwards) * each if step.gathers else 0
+    feed_forward = cache + step.tokens * compute * (stream + inner)
+    yield "feed-forward", {"working set": feed_forward, "gathered weights": gathered}

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as draw
 
 from benchmarks.planner_memory import model
-from tbjax import sharding
+from tbjax import room, sharding
 from tbjax.layers import attend, blocks
 from tbjax.layers.attention import HeadLayout
 from tbjax.pipeline.grid import lay_out
@@ -182,6 +182,26 @@ def test_a_cache_is_cut_by_tokens_where_tp_exceeds_the_heads() -> None:
     config = model("llama-2-70b")
     eight, sixteen = (held(SERVE, Layout(tp=tp), config).parts["KV cache"] for tp in (8, 16))
     assert eight == 2 * sixteen
+
+
+def test_long_rings_are_whole_tiles_and_no_longer_than_what_they_are_rings_of() -> None:
+    assert room.slots(4096, 16384, 1024) == 4096 + 1024
+    assert room.slots(4096, 16384, 1024, cut=3) % (3 * room.TILE) == 0
+    assert room.slots(4096, 4100, 1) == 4096
+    assert room.slots(4090, 4095, 8) == 4095
+    assert room.slots(6, 64, 3) == 8
+
+
+def test_prompts_read_at_once_have_a_cache_without_windows() -> None:
+    gemma = model("gemma-3-4b-pt")
+    one = dataclasses.replace(SERVE, global_batch=1, seq_len=9216)  # 8192 of them to read
+    token = 2 * 4 * 256 * 2  # keys and values, heads, width, bytes
+    parts = held(one, Layout(), gemma).parts
+    full = sum(kind.window is None for kind in gemma.layer_kinds)
+    lasting = token * (full * 9216 + (gemma.layers - full) * 1024)
+    assert parts["KV cache"] == lasting
+    assert parts["KV cache of prompts"] == token * gemma.layers * 8192 - lasting
+    assert "KV cache of prompts" not in held(dataclasses.replace(one, seq_len=9217), Layout(), gemma).parts
 
 
 def test_quantised_weights_are_smaller() -> None:

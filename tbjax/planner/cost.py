@@ -177,21 +177,22 @@ def _pass(priced: Prices, layout: Layout, sequence: int, cached: float) -> dict[
     """The parts of one way of all microbatches through the model, `sequence` tokens each behind `cached` ones."""
     m, rows = layout.microbatches, layout.rows(priced.workload)
     pp, fsdp, ep, tp = layout.pp, layout.fsdp, layout.ep, layout.tp
-    cp = layout.cp if sequence % layout.cp == 0 else 1
-    cached /= layout.cp  # each device looks through its share of the cache
+    # A device of cp has its share of the tokens, or, of a single one, looks through its share of the cache for all.
+    cp, parts = (layout.cp, 1) if sequence % layout.cp == 0 else (1, layout.cp)
     layers = priced.layers(pp, 1)
     ways = fsdp * ep if layout.strategy.cuts_parameters else 1
-    work, fetched = priced.served(rows, sequence, cached, tp, cp, ep, 1), 0.0
+    work, fetched = priced.served(rows, sequence, cached, parts, tp, cp, ep, 1), 0.0
     if ways > 1:
         # Weights come to the tokens, hidden behind the layer before, or the tokens to the weights: the quicker way.
         fetched, _ = _exposed(priced.fetched(fsdp, ep, layout.cp, tp)[0], priced.stack.overlap * work.seconds)
-        there = priced.served(rows, sequence, cached, tp, cp, ep, ways)
+        there = priced.served(rows, sequence, cached, parts, tp, cp, ep, ways)
         moved = priced.stationary(rows * sequence, fsdp, ep, layout.cp, tp)
         if there.seconds + moved < work.seconds + fetched:
             work, fetched = there, moved
     ends = priced.ends(rows, sequence, tp, cp)
     talk = priced.talk(rows, sequence, tp, cp, ep, layout.sequence_parallel and sequence > 1, None)
-    context, _ = _exposed(talk.context, priced.stack.overlap * work.seconds)
+    # Each of its collectives waits for the one before: nothing hides them.
+    context = priced.joined(rows, sequence, pp, tp, layout.cp)
     # One microbatch after another goes through the stages; with fewer of them than stages, some stages wait.
     stage = layers * (work.seconds + talk.tensor + talk.expert + context + fetched)
     hop = _stages(priced, layout).send(priced.stream(rows, sequence, cp)) if pp > 1 else 0.0

@@ -120,6 +120,7 @@ class Prices:
         self.served = remember(self._served)
         self.ends = remember(self._ends)
         self.talk = remember(self._talk)
+        self.joined = remember(self._joined)
         self.ends_talk = remember(self._ends_talk)
         self.gather = remember(self._gather)
         self.fetched = remember(self._fetched)
@@ -177,22 +178,24 @@ class Prices:
             total = Passes(*(old + share * new for old, new in zip(total, whole, strict=True)))
         return total
 
-    def _served(self, rows: int, sequence: int, cached: float, tp: int, cp: int, ep: int, spread: int) -> Passes:
-        """The arithmetic of an average layer forwards, behind `cached` tokens.
+    def _served(
+        self, rows: int, sequence: int, cached: float, parts: int, tp: int, cp: int, ep: int, spread: int
+    ) -> Passes:
+        """The arithmetic of an average layer forwards, behind `cached` tokens, of which each device has one of `parts`.
 
         `spread` devices may keep their shares of a layer's weights and each meet the tokens of all: `sharding.project`.
         The experts' weights are gathered in any case.
         """
         total = Passes()
-        cut = Cut(rows, sequence, context=cached, tp=tp, cp=cp, ep=ep)
+        cut = Cut(rows, sequence, context=cached, parts=parts, tp=tp, cp=cp, ep=ep)
         for kind, share in self.kinds:
             work = forward(self.config, kind, cut, attention="fused", size=self.size)
             if spread > 1:
                 dense = len(work.weights) - work.experts
                 shared = (_spread(matmul, spread) for matmul in work.weights[:dense])
                 work = work._replace(weights=(*shared, *work.weights[dense:]))
-            parts = self._pass(work, self.workload.moved_by(PROJECTION))
-            whole = Passes(*parts, forwards=sum(parts))
+            spent = self._pass(work, self.workload.moved_by(PROJECTION))
+            whole = Passes(*spent, forwards=sum(spent))
             total = Passes(*(old + share * new for old, new in zip(total, whole, strict=True)))
         return total
 
@@ -248,6 +251,10 @@ class Prices:
             prunes=self.stack.prunes,
         )
         return Talk(*(self.spent(messages, tp=tp, cp=cp, ep=ep) for messages in said))
+
+    def _joined(self, rows: int, sequence: int, pp: int, tp: int, cp: int) -> float:
+        """In serving, the collectives of an average layer's attention to a cache that is cut by tokens."""
+        return self.spent(traffic.joined(self.config, self.workload, rows, sequence, tp=tp, cp=cp, pp=pp), tp=tp, cp=cp)
 
     def _ends_talk(self, rows: int, sequence: int, tp: int, cp: int, sequence_parallel: bool) -> float:
         """The collectives of the model's ends."""

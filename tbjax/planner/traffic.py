@@ -13,12 +13,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from tbjax import room
 from tbjax.config import ModelConfig
 from tbjax.mesh import AXES
 from tbjax.pipeline.grid import lay_out
 from tbjax.pipeline.schedule import named
 from tbjax.planner.compilers import Compiler
 from tbjax.planner.hlo import Collective, collective
+from tbjax.planner.liveness import block_of, heads_on_device
 from tbjax.planner.parameters import shards, stage_layers
 from tbjax.planner.workload import Layout, Remat, Workload
 
@@ -66,7 +68,7 @@ def layer(
     prunes: bool = True,
     joins: bool = True,
 ) -> Spoken:
-    """An average layer: in training forwards, again and backwards; with no `remat`, forwards.
+    """An average layer: in training forwards, again and backwards; with no `remat`, forwards, but for `joined`.
 
     `prunes` says that what is computed again leaves out what the backward pass does not ask for; `joins`, that the
     gradients by all matrices that lead into a block are added up before they are summed over devices.
@@ -92,7 +94,7 @@ def layer(
         )
     keys = 2 * rows * sequence * -(-config.kv_heads // tp) * config.head_dim * workload.compute_bytes
     # Keys and values go round forwards, again, and backwards, where their gradients go round as well.
-    rounds = 1.0 if remat is None else {"none": 3.0, "stage": 5.0}.get(remat, 4.0)
+    rounds = 0.0 if remat is None else {"none": 3.0, "stage": 5.0}.get(remat, 4.0)
     # Tokens are gathered from the ep peers and their results scattered back; backwards the other way round.
     gathers, scatters = (1.0, 1.0) if remat is None else (2.0 if remat == "none" else 3.0, 2.0)
     if remat == "stage":
@@ -108,6 +110,40 @@ def layer(
             {"ep": ep},
         ),
     )
+
+
+def joined(
+    config: ModelConfig, workload: Workload, rows: int, sequence: int, *, tp: int, cp: int, pp: int = 1
+) -> tuple[Message, ...]:
+    """In serving, the attention of an average layer to a cache whose tokens are cut over cp, and over tp where that has
+    more devices than there are key-value heads (`tbjax.layers.ring`).
+
+    Every device must have all queries, keys and values of the tokens that are read at once. What it finds in its part
+    is joined, a block of queries at a time, by three reductions: of the largest scores and the sums of the weights, in
+    float32, and of the values.
+    """
+    whole, sizes = room.heads_are_whole(config, tp), {"tp": tp, "cp": cp}
+    if whole:
+        heads, kv_heads = config.heads, config.kv_heads
+    else:
+        heads, kv_heads = heads_on_device(config.heads, config.kv_heads, tp)
+    over = CP + TP if whole else CP
+    at_once = room.tokens_at_once(config, rows, sequence, pp=pp) if sequence > 1 else 1
+    chunks = math.ceil(sequence / at_once)
+    head = rows * at_once * config.head_dim * workload.compute_bytes  # of all tokens that are read at once
+    # A single token is known to all of cp.
+    gathered = over if at_once > 1 else TP if whole else ()
+    found = [Message("all-gather", gathered, count * head, chunks) for count in (heads, kv_heads, kv_heads)]
+    for kind in dict.fromkeys(config.layer_kinds):
+        runs = chunks * config.layer_kinds.count(kind) / config.layers
+        window = None if room.in_stages(config, pp) else kind.window
+        keys = sequence if at_once == sequence > 1 else room.slots(window, workload.seq_len, at_once)
+        blocks = math.ceil(at_once / block_of(at_once, keys, rows * heads))
+        numbers = 4 * rows * at_once * heads / blocks
+        found += [
+            Message("all-reduce", over, size, blocks * runs) for size in (numbers, numbers, heads * head / blocks)
+        ]
+    return _said(found, sizes)
 
 
 def ends(

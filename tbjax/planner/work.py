@@ -83,6 +83,7 @@ class Cut:
     rows: float  # sequences
     sequence: int  # tokens of a whole sequence, new ones only while decoding
     context: float = 0.0  # tokens that a query looks back on besides `sequence`: what is cached
+    parts: int = 1  # devices that share out what a query looks at
     tp: int = 1
     cp: int = 1
     ep: int = 1
@@ -221,7 +222,7 @@ def _attention(
         keys = float(cut.sequence)  # masked afterwards
         moved = count * queries * keys * _SCORE_BYTES_FORWARD
     else:
-        keys, moved = context_length(cut.sequence, kind.window, cut.context), 0.0
+        keys, moved = context_length(cut.sequence, kind.window, cut.context) / cut.parts, 0.0
     # Queries that share a key-value head stand side by side, so that keys are read once for all of them.
     shared = config.heads / config.kv_heads if cut.sequence == 1 else 1.0
     queries, count = queries * shared, count / shared

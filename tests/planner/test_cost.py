@@ -296,6 +296,18 @@ def test_decoding_takes_as_long_as_reading_the_weights_and_the_cache(batch):
     assert least < time.decode < 1.2 * least
 
 
+def test_over_cp_a_token_reads_all_weights_and_its_share_of_the_cache():
+    one = dataclasses.replace(SERVING, global_batch=1, seq_len=131072, new_tokens=128)
+    alone, cut = serving("h100:1", workload=one), serving(workload=one, cp=8)
+    cache = 2 * 2 * 32 * 8 * 128 * (131072 - 64)
+    hardware = cluster("h100:8").hardware
+    spared = 7 / 8 * cache / (hardware.memory_bandwidth * XLA.memory_fraction)
+    # What each device found is joined by three small reductions a layer, up and down a tree of eight, none of which can
+    # begin before the last.
+    joined = 3 * 32 * (XLA.collective_start + 2 * 3 * hardware.link_latency)
+    assert cut.decode == pytest.approx(alone.decode - spared + joined, rel=0.01)
+
+
 def test_smaller_weights_are_read_sooner():
     times = [
         serving("h100:1", workload=dataclasses.replace(SERVING, global_batch=1, quantization=kind)).decode

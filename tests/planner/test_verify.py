@@ -3,12 +3,13 @@
 import dataclasses
 import math
 import os
+from collections import Counter
 
 import jax
 import pytest
 
 from tbjax.config import LayerKind, ModelConfig, MoE
-from tbjax.planner import compilers, hlo
+from tbjax.planner import compilers, hlo, traffic
 from tbjax.planner import verify as verify_module
 from tbjax.planner.catalogue import RECORDS
 from tbjax.planner.compilers import compiler_for, environment, gpu_target, installed, requirements
@@ -120,12 +121,32 @@ def test_the_callers_own_jax_is_as_it_was(trained):
     assert "device_count=8" in os.environ["XLA_FLAGS"]
 
 
-def test_over_cp_each_device_holds_all_weights_and_its_part_of_the_cache():
-    _, decode = verify(CONFIG, SERVE, Layout(cp=2), "cpu:2").programs
+@pytest.fixture(scope="module")
+def served_over_cp():
+    return verify(CONFIG, SERVE, Layout(cp=2), "cpu:2").programs
+
+
+def test_over_cp_each_device_holds_all_weights_and_its_part_of_the_cache(served_over_cp):
+    _, decode = served_over_cp
     weights = 2 * 1024 * 256 + 6 * (2 * (8 + 4) * 64 * 256 + 3 * 256 * 512) + (2 * 6 + 1) * 256
     cache = 6 * 2 * SERVE.global_batch * 4 * 64 * SERVE.seq_len // 2
     # And of each row which tokens it has, and how far it is.
     assert decode.bytes["argument"] == pytest.approx(4 * (weights + cache), abs=1024)
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_over_cp_attention_sends_what_was_predicted(served_over_cp, program):
+    (found,) = (each for each in served_over_cp if each.name == program)
+    tokens = SERVE.prompt_len if program == "prefill" else 1
+    sent = {c.kind: c for c in found.collectives if c.axes == ("cp",)}
+    predicted: Counter[str] = Counter()
+    for message in traffic.joined(CONFIG, SERVE, SERVE.global_batch, tokens, tp=1, cp=2):
+        predicted[message.kind] += round(CONFIG.layers * message.runs * message.size)
+    assert set(predicted) == ({"all-reduce"} if program == "decode" else {"all-gather", "all-reduce"})
+    for kind in predicted:
+        assert sent[kind].bytes == pytest.approx(predicted[kind], rel=0.02), kind
+    # In each layer the largest scores, the sums of weights and the values; and once how many tokens each row has.
+    assert sent["all-reduce"].count == 3 * CONFIG.layers + 1
 
 
 def test_what_does_not_fit_is_said_with_what_is_missing(trained):

@@ -59,11 +59,10 @@ class Answer:
     def take(self, tokens: Sequence[int], log_probabilities: Sequence[float] | None = None) -> None:
         """More tokens, up to where the answer ends; what is behind that is dropped."""
         for number, token in enumerate(tokens):
-            if self.end:
-                return
-            if token in self._eos:
+            if self.end is None and token in self._eos:
                 self.end = "eos"
-                return
+            if self.end:
+                break  # not return: the tokens before it are still to be read
             self.tokens.append(token)
             if log_probabilities is not None:
                 self.log_probabilities.append(log_probabilities[number])

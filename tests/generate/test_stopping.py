@@ -70,6 +70,15 @@ def test_a_stop_string_that_never_comes_ends_with_the_budget():
     assert (answer.text, answer.end, answer.missing) == ("abc", "length", 0)
 
 
+@pytest.mark.parametrize("block", [1, 2, 3, 6])
+def test_what_comes_together_with_the_end_is_read_too(block):
+    tokens = [*b"hello", 0]
+    for budget, eos, text in ((9, (0,), "hello"), (3, (0,), "hel"), (5, (), "hello")):
+        answer = Answer(budget, eos, of_bytes)
+        assert "".join(taken(answer, tokens, block)) == answer.text == text
+        assert answer.end == ("eos" if budget == 9 else "length")
+
+
 def test_an_end_token_is_not_part_of_the_answer_and_nothing_follows_it():
     answer = Answer(9, [7], None)
     answer.take([1, 2, 7, 3], [-1.0, -2.0, -3.0, -4.0])

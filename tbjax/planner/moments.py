@@ -435,8 +435,8 @@ def _reading(step: Step, kind: Layer, reading: Reading) -> Iterator[tuple[str, P
     # In float32 and, on their way to the product with values, as activations are: on TPU within that product.
     scores = step.rows * heads * block * slots * (4 if step.compiler == "google" else 4 + compute)
     yield "attention", {"working set": cache + attention, "scores": scores}
-    # The residual stream, its normed copy and, over tp, the sum of partial results.
-    stream = (3 if layout.tp > 1 else 2) * kind.embed
+    # The residual stream, its normed copy and, over tp, the sum of partial results, which TPUs reduce where they lie.
+    stream = (3 if layout.tp > 1 and step.compiler != "google" else 2) * kind.embed
     inner = kind.inner + kind.queries
     if kind.experts:
         spread = kind.experts if step.compiler == "nvidia" else 1

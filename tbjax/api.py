@@ -25,7 +25,7 @@ from interop.tokenizer import Tokenizer
 from tbjax import checkpoint, generate, rows
 from tbjax.config import ModelConfig
 from tbjax.dtypes import float_dtype
-from tbjax.elsewhere import told_by_name
+from tbjax.elsewhere import METHODS, called_here, told_by_name
 from tbjax.generate import front
 from tbjax.generate.settings import known
 from tbjax.layers.linear import shapes_only
@@ -101,6 +101,13 @@ class CausalLM(Decoder):
         self.plan = plan
         self.training_defaults = training_defaults
         self.quantization = quantization
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """For what is not there alone: what PyTorch's models can be asked for is told by our names."""
+            said = called_here(name, tables=(METHODS,)) or "dir(model) says what it has."
+            raise AttributeError(f"a {type(self).__name__} has no attribute {name!r}: {said}")
 
     @property
     def tokenizer(self) -> Any:

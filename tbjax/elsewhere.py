@@ -3,9 +3,9 @@
     >>> TrainConfig(steps=10, remat_policy="full")
     TypeError: TrainConfig: 'remat_policy' is MaxText's; here it is TrainConfig(remat="full"), ...
 
-Two tables, of what is imported and of what is given: keyword arguments, fields of a config, keys of its JSON, options
-of a command. Nothing is translated: a setting there and its like here seldom take the same values. What can be called
-under its own name is in `tbjax.compat`, and README.md has the same by purpose.
+Three tables: what is given (keyword arguments, fields of a config, keys of its JSON, options of a command), what is
+imported, and what models are asked for. Nothing is translated: a setting there and its like here seldom take the same
+values. What can be called under its own name is in `tbjax.compat`, and README.md has the same by purpose.
 
 Imports nothing slow: the command line goes through here.
 """
@@ -14,9 +14,12 @@ import functools
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 Taking = TypeVar("Taking", bound=Callable[..., Any])
+
+# By library, what is called how there, and what to write here.
+Table: TypeAlias = Mapping[str, Mapping[str, str]]
 
 _MESH = "mesh={{{!r}: ...}}"
 
@@ -36,7 +39,7 @@ _MAXTEXT_AXES = {
 }
 
 # Settings: those of MaxText are of its configs/base.yml.
-SETTINGS: Mapping[str, Mapping[str, str]] = {
+SETTINGS: Table = {
     "MaxText": {
         **{
             f"{scope}_{theirs}_parallelism": _MESH.format(ours)
@@ -148,7 +151,7 @@ _STAGED = 'mesh={{"pp": ...}} with TrainConfig(pipeline="{}")'
 _CUT = 'mesh={"tp": ...}: tbjax.load cuts each layer as it must be'
 
 # Names that are imported, beside those that `tbjax.compat` has.
-NAMES: Mapping[str, Mapping[str, str]] = {
+NAMES: Table = {
     "transformers": {
         "AutoTokenizer": "model.tokenizer, which comes with the model",
         "BitsAndBytesConfig": 'tbjax.load(name, quantization="int8") or "int4"',
@@ -214,10 +217,37 @@ NAMES: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def called_here(*words: str) -> str:
+_TRAINED = "tbjax.train(model, data, config); tbjax.compat.FullyShardedDataParallel(model) has it, for PyTorch's loop"
+_PLACED = "model.moved(mesh): a model lies where its mesh does"
+
+# What models there can be asked for, and ours cannot.
+METHODS: Table = {
+    "PyTorch": {
+        "bfloat16": 'tbjax.load(name, mesh, dtype="bfloat16")',
+        "cpu": _PLACED,
+        "cuda": _PLACED,
+        "device": "model.mesh",
+        "float": 'tbjax.load(name, mesh, dtype="float32")',
+        "half": 'tbjax.load(name, mesh, dtype="float16")',
+        "load_state_dict": _LOAD,
+        "named_parameters": _TRAINED,
+        "parameters": _TRAINED,
+        "requires_grad_": "TrainConfig(frozen=...), a regular expression of paths",
+        "state_dict": "model.save_pretrained(path) or tbjax.save(model, path)",
+        "to": _PLACED,
+    },
+    "transformers": {
+        "from_pretrained": _LOAD,
+        "gradient_checkpointing_enable": 'TrainConfig(remat="full")',
+        "push_to_hub": "model.save_pretrained(path), a folder that huggingface_hub's upload_folder takes",
+    },
+}
+
+
+def called_here(*words: str, tables: tuple[Table, ...] = (SETTINGS, NAMES)) -> str:
     """A sentence on what the first of `words` that another library knows is called here; none if there is no such."""
     for word in words:
-        said = [(library, ours[word]) for table in (SETTINGS, NAMES) for library, ours in table.items() if word in ours]
+        said = [(library, ours[word]) for table in tables for library, ours in table.items() if word in ours]
         if said:
             owners = " and ".join(f"{library}'" if library.endswith("s") else f"{library}'s" for library, _ in said)
             return f"{word!r} is {owners}; here it is {', or '.join(dict.fromkeys(ours for _, ours in said))}."

@@ -12,6 +12,7 @@ from tbjax import compat, elsewhere
 from tbjax.cli import app
 from tbjax.mesh import make_mesh
 from tbjax.terminal import run
+from tests import tiny
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -114,6 +115,16 @@ def test_an_option_of_a_command(arguments, monkeypatch, capsys):
     assert "'remat_policy' is MaxText's; here it is TrainConfig(remat=" in capsys.readouterr().err
 
 
+def test_what_pytorch_s_models_are_asked_for():
+    model = tbjax.from_config(tiny.hf_config(tiny.BY_NAME["llama"]), (1, 1, 8))
+    for name, ours in (("to", "model.moved(mesh)"), ("parameters", "tbjax.train"), ("state_dict", "save_pretrained")):
+        with pytest.raises(AttributeError, match=rf"a CausalLM has no attribute '{name}': .*{re.escape(ours)}"):
+            getattr(model, name)
+    assert getattr(model, "nobody_s", None) is None
+    for name in {name for ours in elsewhere.METHODS.values() for name in ours}:
+        assert not hasattr(tbjax.CausalLM, name)  # or it would never be answered
+
+
 def test_what_two_libraries_call_alike_is_told_of_both():
     assert elsewhere.called_here("nothing", "gradient_accumulation_steps") == (
         "'gradient_accumulation_steps' is MaxText's and DeepSpeed's and accelerate's; "
@@ -134,7 +145,10 @@ def test_the_readme_s_table_and_this_one_know_the_same_names():
 
 def test_every_field_and_name_that_an_answer_has_is_ours():
     answers = [
-        ours for table in (elsewhere.SETTINGS, elsewhere.NAMES) for said in table.values() for ours in said.values()
+        ours
+        for table in (elsewhere.SETTINGS, elsewhere.NAMES, elsewhere.METHODS)
+        for said in table.values()
+        for ours in said.values()
     ]
     fields = inspect.signature(tbjax.TrainConfig).parameters
     for call in re.findall(r"TrainConfig\((.*?)\)", " ".join(answers)):

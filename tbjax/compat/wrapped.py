@@ -14,7 +14,8 @@ runs that one program. It is the library's own loss and gradient (`tbjax.trainin
 `tbjax.train` compiles the update into the same program too and needs less memory: this loop is for what is written so
 already.
 
-What is wrapped may be a model of tbjax's, or of transformers'.
+`torch` is `tbjax.compat.torch`: PyTorch's own optimizers take its tensors alone, and refuse a
+`tbjax.compat.wrapped.Parameter` by that name. What is wrapped may be a model of tbjax's, or of transformers'.
 """
 
 import dataclasses

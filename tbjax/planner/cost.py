@@ -181,11 +181,11 @@ def _pass(priced: Prices, layout: Layout, sequence: int, cached: float) -> dict[
     cp, parts = (layout.cp, 1) if sequence % layout.cp == 0 else (1, layout.cp)
     layers = priced.layers(pp, 1)
     ways = fsdp * ep if layout.strategy.cuts_parameters else 1
-    work, fetched = priced.served(rows, sequence, cached, parts, tp, cp, ep, 1), 0.0
+    work, fetched = priced.served(rows, sequence, cached, parts, pp, tp, cp, ep, 1), 0.0
     if ways > 1:
         # Weights come to the tokens, hidden behind the layer before, or the tokens to the weights: the quicker way.
         fetched, _ = _exposed(priced.fetched(fsdp, ep, layout.cp, tp)[0], priced.stack.overlap * work.seconds)
-        there = priced.served(rows, sequence, cached, parts, tp, cp, ep, ways)
+        there = priced.served(rows, sequence, cached, parts, pp, tp, cp, ep, ways)
         moved = priced.stationary(rows * sequence, fsdp, ep, layout.cp, tp)
         if there.seconds + moved < work.seconds + fetched:
             work, fetched = there, moved

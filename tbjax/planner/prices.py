@@ -5,6 +5,7 @@ layer, of the model's ends, the collectives of a layer, the gathering of its wei
 of thousands of layouts and meets the same pieces again and again.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -179,7 +180,7 @@ class Prices:
         return total
 
     def _served(
-        self, rows: int, sequence: int, cached: float, parts: int, tp: int, cp: int, ep: int, spread: int
+        self, rows: int, sequence: int, cached: float, parts: int, pp: int, tp: int, cp: int, ep: int, spread: int
     ) -> Passes:
         """The arithmetic of an average layer forwards, behind `cached` tokens, of which each device has one of `parts`.
 
@@ -189,6 +190,10 @@ class Prices:
         total = Passes()
         cut = Cut(rows, sequence, context=cached, parts=parts, tp=tp, cp=cp, ep=ep)
         for kind, share in self.kinds:
+            if sequence > 1:
+                # No kernel of a device's own knows caches and padding: nothing is left out that a query does not see.
+                met = traffic.met(self.config, self.workload, kind, rows, sequence, pp)
+                cut = dataclasses.replace(cut, met=met)
             work = forward(self.config, kind, cut, attention="fused", size=self.size)
             if spread > 1:
                 dense = len(work.weights) - work.experts
@@ -283,15 +288,21 @@ class Prices:
         return dense + experts, experts
 
     def _stationary(self, rows: int, fsdp: int, ep: int, cp: int, tp: int) -> float:
-        """One layer's weights stay cut over fsdp and ep: its tokens are gathered to them, and the results summed."""
+        """One layer's weights stay cut over fsdp and ep, and everyone's tokens meet each part: `Sharding.project`.
+
+        What goes into a block has its features shared out in place of its tokens, and what they give in the block's
+        middle is summed. From there the results of all tokens are gathered, and what comes out is turned back.
+        """
         over, config = self.group((tp, cp), ep, fsdp), self.config
         if over.size == 1:
             return 0.0
-        element = rows * over.size * self.size  # one feature of all the tokens
-        ends = 2 * over.all_gather(element * config.embed)  # of a block: into it, and out of it
-        heads = (config.heads + 2 * config.kv_heads) * config.head_dim / tp
-        attention = ends + over.all_reduce(element * heads)
-        mlp = ends + over.all_reduce(element * (2 if config.gated_mlp else 1) * config.mlp / tp)
+        own = rows * self.size  # one feature of a device's tokens
+        every = own * over.size  # and of all
+        turned = 2 * over.all_to_all(own * config.embed)
+        queries, keys = (heads * config.head_dim / tp for heads in (config.heads, config.kv_heads))
+        attention = turned + over.reduce_scatter(every * (queries + 2 * keys)) + over.all_gather(every * queries)
+        inner = every * config.mlp / tp
+        mlp = turned + over.reduce_scatter((2 if config.gated_mlp else 1) * inner) + over.all_gather(inner)
         _, experts = self.fetched(fsdp, ep, cp, tp)
         return attention + (1 - self.sparse_share) * mlp + experts
 

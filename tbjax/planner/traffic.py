@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tbjax import room
-from tbjax.config import ModelConfig
+from tbjax.config import LayerKind, ModelConfig
 from tbjax.mesh import AXES
 from tbjax.pipeline.grid import lay_out
 from tbjax.pipeline.schedule import named
@@ -136,14 +136,22 @@ def joined(
     found = [Message("all-gather", gathered, count * head, chunks) for count in (heads, kv_heads, kv_heads)]
     for kind in dict.fromkeys(config.layer_kinds):
         runs = chunks * config.layer_kinds.count(kind) / config.layers
-        window = None if room.in_stages(config, pp) else kind.window
-        keys = sequence if at_once == sequence > 1 else room.slots(window, workload.seq_len, at_once)
+        keys = met(config, workload, kind, rows, sequence, pp)
         blocks = math.ceil(at_once / block_of(at_once, keys, rows * heads))
         numbers = 4 * rows * at_once * heads / blocks
         found += [
             Message("all-reduce", over, size, blocks * runs) for size in (numbers, numbers, heads * head / blocks)
         ]
     return _said(found, sizes)
+
+
+def met(config: ModelConfig, workload: Workload, kind: LayerKind, rows: int, sequence: int, pp: int) -> int:
+    """Keys that each query is multiplied with in serving: all that the layer's cache has room for, or, of prompts that
+    are read at once, all of those."""
+    at_once = room.tokens_at_once(config, rows, sequence, pp=pp) if sequence > 1 else 1
+    if at_once == sequence > 1:
+        return sequence
+    return room.slots(None if room.in_stages(config, pp) else kind.window, workload.seq_len, at_once)
 
 
 def ends(

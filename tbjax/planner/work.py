@@ -84,6 +84,7 @@ class Cut:
     sequence: int  # tokens of a whole sequence, new ones only while decoding
     context: float = 0.0  # tokens that a query looks back on besides `sequence`: what is cached
     parts: int = 1  # devices that share out what a query looks at
+    met: float | None = None  # keys that each query is multiplied with; None: those that it sees
     tp: int = 1
     cp: int = 1
     ep: int = 1
@@ -108,6 +109,12 @@ ENDS_KERNELS = 3 * 10
 # writes and reads the mask (5), softmax reads its result and the gradient and writes (6).
 _SCORE_BYTES_FORWARD = 9
 _SCORE_BYTES_BACKWARD = 11
+
+# And where prompts are read: scores are made of a block of queries at a time, in float32 (4), read by the softmax (4)
+# and written as activations are (2) for the product with values, which reads them (2). Where devices have parts of the
+# keys, the maximum and the sum go round in between, so that scores are read twice more.
+_SCORE_BYTES_READING = 12
+_SCORE_BYTES_APART = 20
 
 
 @functools.lru_cache(maxsize=16384)
@@ -221,6 +228,9 @@ def _attention(
     if attention == "materialised":
         keys = float(cut.sequence)  # masked afterwards
         moved = count * queries * keys * _SCORE_BYTES_FORWARD
+    elif cut.met is not None:
+        keys = cut.met
+        moved = count * queries * keys * (_SCORE_BYTES_READING if cut.cp == 1 else _SCORE_BYTES_APART)
     else:
         keys, moved = context_length(cut.sequence, kind.window, cut.context) / cut.parts, 0.0
     # Queries that share a key-value head stand side by side, so that keys are read once for all of them.

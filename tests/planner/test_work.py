@@ -165,6 +165,16 @@ def test_ep_leaves_the_flops_and_divides_the_weights_that_are_read():
     assert spread.moved > alone.moved  # its peers' tokens pass through the sort
 
 
+def test_reading_a_prompt_multiplies_all_keys_and_writes_the_scores():
+    config = gpt()
+    seen, met = (forward(config, DENSE, Cut(2, 1024, met=m), attention="fused", size=2) for m in (None, 2048))
+    assert (seen.scores[0].columns, met.scores[0].columns) == (1025 / 2, 2048)
+    assert (seen.scores_moved, met.scores_moved) == (0, 12 * 2 * config.heads * 1024 * 2048)
+    # Where devices have parts of the keys, scores are read for the maximum and the sum before these go round.
+    apart = forward(config, DENSE, Cut(2, 1024, met=2048, cp=2), attention="fused", size=2)
+    assert apart.scores_moved == met.scores_moved * 20 / 12 / 2
+
+
 def test_decoding_reads_each_key_once_for_all_queries_that_share_it():
     config = dataclasses.replace(gpt(hidden=4096, heads=32), kv_heads=8)
     scores = forward(config, DENSE, Cut(3, 1, context=1000), attention="fused", size=2).scores

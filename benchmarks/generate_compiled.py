@@ -8,11 +8,13 @@ Each model is laid out as the planner has it for inference, and the two programs
 row says what a device must have and has, and what a decode step sends: collectives by kind, with how often each runs
 for a token and the bytes of one. Under pure tensor parallelism a layer has two all-reduces (of attention and of the
 feed-forward layer; one where a block has both in parallel), of one token's features, and no weight is gathered. Where
-tp has more devices than there are key-value heads (405B and Falcon-180B on TPU) the cache is cut by tokens, and a layer
-has three more, which join what each device found in its part, and three all-gathers, of queries, keys and values.
+tp has more devices than there are key-value heads (405B over tp=32) the cache is cut by tokens, and a layer has three
+more, which join what each device found in its part, and three all-gathers, of queries, keys and values. Where weights
+lie in parts over fsdp, too, tokens come to them: two all-to-alls, a reduction and a gather for each block.
 """
 
 import argparse
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import tbjax
@@ -44,11 +46,11 @@ class Row(NamedTuple):
         return next(program for program in self.verification.programs if program.name == "decode")
 
 
-def compiled(model: str, machine: str, quantization: Any = None) -> Row:
-    """The planner's layout, compiled."""
+def compiled(model: str, machine: str, quantization: Any = None, mesh: Mapping[str, int] | None = None) -> Row:
+    """The planner's layout, or the best on a mesh, compiled."""
     plan = tbjax.plan(
         model, machine, task="inference", global_batch=BATCH, seq_len=SEQUENCE, new_tokens=NEW,
-        precision="bfloat16", quantization=quantization,
+        precision="bfloat16", quantization=quantization, mesh=mesh,
     )  # fmt: skip
     return Row(model, machine, {axis: size for axis, size in plan.mesh.items() if size > 1}, plan.verify())
 

@@ -45,10 +45,13 @@ def test_a_single_rows_token_is_looked_up_where_it_lies():
     assert sum(c.bytes for c in decode.collectives if c.kind == "all-gather") < config.vocab_size * config.embed
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_both = pytest.mark.skipif(
     not (installed("cuda") and installed("tpu")), reason="the compilers are not installed: tbjax[verify]"
 )
+
+
+@pytest.mark.slow
+@needs_both
 @pytest.mark.parametrize("machine", ["h100", "v5p"])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_decode_step_fits_and_sends_two_reductions_a_layer_and_no_weights(model, machine):
@@ -63,14 +66,23 @@ def test_a_decode_step_fits_and_sends_two_reductions_a_layer_and_no_weights(mode
         return
     assert {c.axes for c in notable} == {("tp",)}
     assert {c.kind for c in notable} <= {"all-reduce", "all-gather"}
-    # One of attention and one of the feed-forward layer, or of both at once.
-    at_once = 1 if config.block == "sequential" else 2
-    if row.mesh["tp"] > config.kv_heads:
-        # Six more of a cache that is cut by tokens. Of a token its lookup, how many tokens each row has by now, and the
-        # best score of every part of the vocabulary with the token that has it.
-        assert sum(c.count for c in notable) == (2 // at_once + 6) * config.layers + 4
     if machine == "h100":
-        # And the lookup of the token.
+        # One of attention and one of the feed-forward layer, or of both at once; and the lookup of the token.
+        at_once = 1 if config.block == "sequential" else 2
         (found,) = notable
         assert (found.kind, found.count) == ("all-reduce", config.layers * 2 // at_once + 1)
         assert found.bytes == states * (2 * config.layers + 1)
+
+
+@pytest.mark.slow
+@needs_both
+def test_a_large_cache_that_is_cut_by_tokens_costs_six_small_collectives_a_layer():
+    model = "meta-llama/Llama-3.1-405B"
+    config, _ = model_config(model)
+    row = compiled(model, MODELS[model]["v5p"], mesh={"tp": 32})
+    assert row.verification.fits
+    assert {(c.kind, c.axes) for c in row.decode.collectives} == {("all-reduce", ("tp",)), ("all-gather", ("tp",))}
+    # And four a token: its lookup, how many tokens each row has by now, and the best score of every part of the
+    # vocabulary with the token that has it.
+    assert sum(c.count for c in row.decode.collectives) == (2 + 6) * config.layers + 4
+    assert sum(c.bytes for c in row.decode.collectives) <= 8 * BATCH * config.embed * 2 * config.layers

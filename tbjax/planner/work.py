@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from tbjax.config import LayerKind, ModelConfig
 from tbjax.planner.parameters import active_parameters, tensors
 from tbjax.planner.workload import Remat, Workload
+from tbjax.room import heads_are_whole
 
 # How softmax(q k) v is computed: its S x S scores written out between the steps, or never leaving the chip.
 Attention: TypeAlias = Literal["materialised", "fused"]
@@ -229,8 +230,8 @@ def _attention(
         keys = float(cut.sequence)  # masked afterwards
         moved = count * queries * keys * _SCORE_BYTES_FORWARD
     elif cut.met is not None:
-        keys = cut.met
-        moved = count * queries * keys * (_SCORE_BYTES_READING if cut.cp == 1 else _SCORE_BYTES_APART)
+        keys, apart = cut.met, cut.cp > 1 or heads_are_whole(config, cut.tp)
+        moved = count * queries * keys * (_SCORE_BYTES_APART if apart else _SCORE_BYTES_READING)
     else:
         keys, moved = context_length(cut.sequence, kind.window, cut.context) / cut.parts, 0.0
     # Queries that share a key-value head stand side by side, so that keys are read once for all of them.

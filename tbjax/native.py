@@ -6,9 +6,8 @@ every call anew, and multiplies that. So here the product is put as the kernels 
 array is pinned to its order, lest the compiler turn one round on the way.
 
 A single row, as in decoding one answer, is not a matter of arithmetic but of reading the weight, in which the kernels
-are slow: they run on one thread. It is written out as multiplications and sums, which the compiler makes one loop of,
-casts included, and shares out among threads. Its loops are fast where neighbours are summed into neighbours, so a row
-of the weight is cut into up to fifteen stretches that are added up side by side, and what is left is a small product.
+are slow: they run on one thread. A vector before a transposed weight, cast to float32, the compiler makes one loop of,
+casts included, and shares it out among threads. Put the other way round, W x, it casts the whole weight first.
 
 Generation alone asks for them (`where_it_serves`): there is no way back through a pinned array, and it is one device
 that gains, since of several each would have to be told.
@@ -16,7 +15,6 @@ that gains, since of several each would have to be told.
 
 import contextlib
 import functools
-import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -31,17 +29,9 @@ if TYPE_CHECKING:
 
 _asked = ContextVar("asked", default=False)
 
-# Of a product to try them with.
-_SIDE = 64
-
-# Into how many stretches a row of a weight is cut: within its loop the compiler casts a weight for up to fifteen, and
-# with few, or long ones, the sums of the stretches are too many beside the weight. On a machine with two cores, of
-# bfloat16 weights with 576 and 1536 features, twelve stretches were read at 18 to 30 GB/s, six at 14 to 16, and rows
-# that were summed whole at 11 to 16.
-_MOST_STRETCHES = 15
-_FEWEST_STRETCHES = 9
-_LONGEST_STRETCH = 128
-_STRETCH_MULTIPLE = 16  # numbers in the widest register
+# Of the products to try them with: rows, and a weight's features out and in.
+_ROWS = (1, 8)
+_TRIED = (512, 64)
 
 
 @contextlib.contextmanager
@@ -73,26 +63,11 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 def _of_one_row(x: jax.Array, weight: jax.Array) -> jax.Array:
     """W x, [out], for x [in]; float32."""
-    # Held to x, which every step of a loop makes anew: the compiler would cast the weight once, before the loop, and
-    # then read twice the bytes in every step.
-    x, weight = jax.lax.optimization_barrier((x, weight))
-    x = x.astype(jnp.float32)
-    features = x.shape[0]
-    length = _stretch(features)
-    if length is None:
-        return jnp.sum(weight.astype(jnp.float32) * x, axis=1)
-    stretches = [slice(first, first + length) for first in range(0, features, length)]
-    summed = functools.reduce(jnp.add, [weight[:, s].astype(jnp.float32) * x[s] for s in stretches])
-    return summed @ jnp.ones(length, jnp.float32)
-
-
-def _stretch(features: int) -> int | None:
-    """The length of the stretches into which so many features are best cut; None: they are best left whole."""
-    for count in range(_MOST_STRETCHES, _FEWEST_STRETCHES - 1, -1):
-        length, rest = divmod(features, count)
-        if not rest and not length % _STRETCH_MULTIPLE and length <= _LONGEST_STRETCH:
-            return length
-    return None
+    # The row is cast before the loop, not in it again for every feature that the product has. The weight is held to it
+    # as every step of decoding makes a new one: the compiler would cast the weight before all steps, and read twice the
+    # bytes in each.
+    x, weight = jax.lax.optimization_barrier((x.astype(jnp.float32), weight))
+    return (x[None] @ weight.astype(jnp.float32).T)[0]
 
 
 def _pinned(a: jax.Array) -> jax.Array:
@@ -101,15 +76,17 @@ def _pinned(a: jax.Array) -> jax.Array:
 
 @functools.cache
 def _works(device: Any) -> bool:
-    """Whether the compiler takes its kernels: it says so by not casting the weight."""
-    given = jax.ShapeDtypeStruct((_SIDE, _SIDE), jnp.bfloat16, sharding=SingleDeviceSharding(device))
-    compiled = jax.jit(matmul).lower(given, given).compile()
-    if re.search(r"= f32\S+ convert\(", compiled.as_text() or "") is not None:
-        return False
+    """Whether the compiler does as said above: if it casts the weight, it needs the room for that."""
+    weight = jax.ShapeDtypeStruct(_TRIED, jnp.bfloat16, sharding=SingleDeviceSharding(device))
     try:
-        with jax.ensure_compile_time_eval():  # the question comes up while a program is traced
-            zeros = jax.device_put(jnp.zeros((_SIDE, _SIDE), jnp.bfloat16), device)
-            compiled(zeros, zeros)
+        for rows in _ROWS:
+            given = jax.ShapeDtypeStruct((rows, _TRIED[1]), jnp.bfloat16, sharding=weight.sharding)
+            compiled = jax.jit(matmul).lower(given, weight).compile()
+            needed = compiled.memory_analysis()
+            if needed is None or needed.temp_size_in_bytes >= 4 * weight.size:
+                return False
+            with jax.ensure_compile_time_eval():  # the question comes up while a program is traced
+                compiled(*(jax.device_put(jnp.zeros(a.shape, a.dtype), device) for a in (given, weight)))
     except jax.errors.JaxRuntimeError:  # taken by one pass of the compiler and refused by a later one
         return False
     return True

@@ -129,6 +129,8 @@ def run(app: typer.Typer, name: str) -> None:
     except typer.Abort:
         _print_error("stopped before an answer.")
         code = FAILED
+    except SystemExit as end:
+        code = end.code
     if code == INTERRUPTED:
         sys.stderr.write("interrupted\n")
     if code in (FAILED, INTERRUPTED) and "jax" in sys.modules:

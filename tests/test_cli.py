@@ -14,6 +14,7 @@ import typer
 
 import tbjax
 from tbjax import cli
+from tbjax.generate.command import sampled
 from tests import tiny
 
 
@@ -203,10 +204,16 @@ def test_generate_asks_for_what_is_missing_or_too_much():
         ((), "Give --prompt"),
         (("--prompt", "a", "--stream", "--json"), "--stream shows one answer"),
         (("--prompt", "a", "--system", "b"), "give --chat too"),
+        (("--prompt", "a", "--greedy", "--top-p", "0.9"), "leave out --top-p, or say --sample"),
     ):
         result = run("-m", "tbjax.cli", "generate", "model", *arguments)
         assert result.returncode == 2
         assert words in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_an_option_of_sampling_means_sampling():
+    assert [sampled(asked, given) for asked in (None, True) for given in ([], ["--top-k"])] == [None, True, True, True]
+    assert sampled(False, []) is False
 
 
 @pytest.mark.slow

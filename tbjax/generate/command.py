@@ -11,7 +11,7 @@ goes to standard error.
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +47,10 @@ def generate(
     do_sample: Annotated[
         bool | None,
         typer.Option(
-            "--sample/--greedy", rich_help_panel=_SAMPLING, show_default="the model's", help="By chance, or the best."
+            "--sample/--greedy",
+            rich_help_panel=_SAMPLING,
+            show_default="the model's",
+            help="By chance (so with --temperature, --top-k, --top-p or --min-p), or the best.",
         ),
     ] = None,
     temperature: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING, help="Under 1: safer.")] = None,
@@ -90,6 +93,8 @@ def generate(
     if stream and (as_json or prompts is not None or (num_return_sequences or 1) > 1):
         raise typer.BadParameter("--stream shows one answer as it is written: leave out --json, --prompts and several.")
     shape = parse_mesh(mesh)
+    drawn = {"--temperature": temperature, "--top-k": top_k, "--top-p": top_p, "--min-p": min_p}
+    do_sample = sampled(do_sample, [option for option, value in drawn.items() if value is not None])
     options = {
         "max_new_tokens": max_new_tokens,
         "stop_strings": stop or None,
@@ -125,6 +130,13 @@ def generate(
                 part = questions[start : start + BATCH]
                 own = options if seed is None else options | {"seed": seed + start}
                 _answer(loaded, part, own, stream=False, as_json=as_json, speaks=speaks, quiet=quiet)
+
+
+def sampled(asked: bool | None, given: Sequence[str]) -> bool | None:
+    """Whether tokens are drawn: as was asked for, or where an option was given that means nothing otherwise."""
+    if given and asked is False:
+        raise typer.BadParameter(f"--greedy leaves nothing to chance: leave out {given[0]}, or say --sample.")
+    return True if given else asked
 
 
 def _question(text: Any, chat: bool, system: str | None) -> Any:

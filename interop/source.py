@@ -110,6 +110,8 @@ def resolve(
     not `complete` (but for a GGUF, whose config is inside it).
     """
     name = str(name_or_path)
+    if not name:
+        raise ValueError("the model's name is empty: give a hub id, a folder or a file.")
     path = Path(name_or_path).expanduser()
     if path.exists():
         file = find_weights(path) if path.is_dir() else path

@@ -165,8 +165,10 @@ def test_what_is_missing_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
         resolve(tmp_path)
     for name in (tmp_path / "nowhere", "./nowhere/at/all", "not a hub id"):
-        with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        with pytest.raises(FileNotFoundError, match=r"no such file or folder, and it is no hub id \(owner/name\)"):
             resolve(name)
+    with pytest.raises(ValueError, match="name is empty"):
+        resolve("")
 
 
 def test_the_families_to_accept_can_be_given(tmp_path: Path) -> None:

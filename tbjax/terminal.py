@@ -30,10 +30,10 @@ EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 FAILED = 1  # the exit code of work that could not be done; 0 is success
 MISUNDERSTOOD = 2  # a command line that cannot be understood
+INTERRUPTED = 130  # Ctrl-C: 128 and the signal's number, as shells have it
 
 # All that typer raises of a command line: its own name for it is not public.
 USAGE_ERROR: Any = typer.BadParameter.__base__
-INTERRUPTED = 130  # Ctrl-C: 128 and the signal's number, as shells have it
 
 MESH = "dp,fsdp,tp (as 1,4,2) or axes by name (as ep=4,tp=2); auto: all devices on fsdp."
 

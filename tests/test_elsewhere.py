@@ -127,7 +127,7 @@ def test_what_pytorch_s_models_are_asked_for():
 
 def test_what_two_libraries_call_alike_is_told_of_both():
     assert elsewhere.called_here("nothing", "gradient_accumulation_steps") == (
-        "'gradient_accumulation_steps' is MaxText's and DeepSpeed's and accelerate's; "
+        "'gradient_accumulation_steps' is MaxText's and DeepSpeed's and transformers' and accelerate's; "
         "here it is TrainConfig(microbatches=...)."
     )
 

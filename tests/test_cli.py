@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import typer
 
 import tbjax
-from tbjax import cli
+from tbjax import cli, terminal
 from tbjax.generate.command import sampled
 from tests import tiny
 
@@ -204,7 +205,7 @@ def test_generate_asks_for_what_is_missing_or_too_much():
         ((), "Give --prompt"),
         (("--prompt", "a", "--stream", "--json"), "--stream shows one answer"),
         (("--prompt", "a", "--system", "b"), "give --chat too"),
-        (("--prompt", "a", "--greedy", "--top-p", "0.9"), "leave out --top-p, or say --sample"),
+        (("--prompt", "a", "--greedy", "--top-p", "0.9"), "and --top-p does: leave out one of them"),
     ):
         result = run("-m", "tbjax.cli", "generate", "model", *arguments)
         assert result.returncode == 2
@@ -212,8 +213,38 @@ def test_generate_asks_for_what_is_missing_or_too_much():
 
 
 def test_an_option_of_sampling_means_sampling():
-    assert [sampled(asked, given) for asked in (None, True) for given in ([], ["--top-k"])] == [None, True, True, True]
-    assert sampled(False, []) is False
+    asked = [sampled(asked, given) for asked in (None, True) for given in ({}, {"--top-k": 5})]
+    assert asked == [None, True, True, True]
+    assert sampled(False, {}) is False
+
+
+def test_a_temperature_of_0_means_the_best():
+    cold = {"--temperature": 0.0}
+    assert sampled(None, cold) is False
+    assert sampled(False, cold) is False
+    assert sampled(None, {"--temperature": 0.5}) is True
+    for asked, more, drawing in ((True, {}, "--sample"), (None, {"--top-p": 0.9}, "--top-p")):
+        with pytest.raises(typer.BadParameter, match=f"--temperature 0 leaves nothing to chance, and {drawing} does"):
+            sampled(asked, cold | more)
+
+
+def test_a_temperature_of_0_reaches_the_model_as_greedy(monkeypatch, capsys):
+    asked = {}
+
+    def load(*_, **__):
+        return SimpleNamespace(generate=answer)
+
+    def answer(questions, **options):
+        asked.update(options)
+        return [SimpleNamespace(text="an answer") for _ in questions]
+
+    monkeypatch.setattr("tbjax.load", load, raising=False)
+    monkeypatch.setattr("sys.argv", ["tbjax", "generate", "model", "--prompt", "a", "--temperature", "0", "-q"])
+    with pytest.raises(SystemExit, match="0"):
+        terminal.run(cli.app, "tbjax")
+    assert capsys.readouterr().out == "an answer\n"
+    assert asked["do_sample"] is False
+    assert asked["temperature"] is None
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ goes to standard error.
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,10 +50,12 @@ def generate(
             "--sample/--greedy",
             rich_help_panel=_SAMPLING,
             show_default="the model's",
-            help="By chance (so with --temperature, --top-k, --top-p or --min-p), or the best.",
+            help="By chance (so with --temperature, --top-k, --top-p or --min-p), or the best (with --temperature 0).",
         ),
     ] = None,
-    temperature: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING, help="Under 1: safer.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, rich_help_panel=_SAMPLING, help="Under 1: safer; 0: greedy.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(rich_help_panel=_SAMPLING, help="Among so many tokens; 0: all.")] = None,
     top_p: Annotated[
         float | None, typer.Option(rich_help_panel=_SAMPLING, help="Among the likeliest with this share.")
@@ -94,12 +96,12 @@ def generate(
         raise typer.BadParameter("--stream shows one answer as it is written: leave out --json, --prompts and several.")
     shape = parse_mesh(mesh)
     drawn = {"--temperature": temperature, "--top-k": top_k, "--top-p": top_p, "--min-p": min_p}
-    do_sample = sampled(do_sample, [option for option, value in drawn.items() if value is not None])
+    do_sample = sampled(do_sample, {option: value for option, value in drawn.items() if value is not None})
     options = {
         "max_new_tokens": max_new_tokens,
         "stop_strings": stop or None,
         "do_sample": do_sample,
-        "temperature": temperature,
+        "temperature": temperature or None,
         "top_k": top_k,
         "top_p": top_p,
         "min_p": min_p,
@@ -132,11 +134,19 @@ def generate(
                 _answer(loaded, part, own, stream=False, as_json=as_json, speaks=speaks, quiet=quiet)
 
 
-def sampled(asked: bool | None, given: Sequence[str]) -> bool | None:
-    """Whether tokens are drawn: as was asked for, or where an option was given that means nothing otherwise."""
-    if given and asked is False:
-        raise typer.BadParameter(f"--greedy leaves nothing to chance: leave out {given[0]}, or say --sample.")
-    return True if given else asked
+def sampled(asked: bool | None, given: Mapping[str, float]) -> bool | None:
+    """Whether tokens are drawn: as was asked for, or where an option was given that means nothing otherwise.
+
+    A temperature of 0 asks for the best, as everywhere; what draws takes none (`tbjax.generate.settings`).
+    """
+    best = "--greedy" if asked is False else "--temperature 0" if given.get("--temperature") == 0 else None
+    if best is None:
+        return True if given else asked
+    chance = ["--sample"] if asked else []
+    chance += [option for option, value in given.items() if (option, value) != ("--temperature", 0)]
+    if chance:
+        raise typer.BadParameter(f"{best} leaves nothing to chance, and {chance[0]} does: leave out one of them.")
+    return False
 
 
 def _question(text: Any, chat: bool, system: str | None) -> Any:

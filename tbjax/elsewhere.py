@@ -238,7 +238,6 @@ METHODS: Table = {
         "to": _PLACED,
     },
     "transformers": {
-        "from_pretrained": _LOAD,
         "gradient_checkpointing_enable": 'TrainConfig(remat="full")',
         "push_to_hub": "model.save_pretrained(path), a folder that huggingface_hub's upload_folder takes",
     },

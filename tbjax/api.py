@@ -106,6 +106,8 @@ class CausalLM(Decoder):
 
         def __getattr__(self, name: str) -> Any:
             """For what is not there alone: what PyTorch's models can be asked for is told by our names."""
+            if hasattr(type(self), name):  # a property, that asked for something that is not there
+                return object.__getattribute__(self, name)
             said = called_here(name, tables=(METHODS,)) or "dir(model) says what it has."
             raise AttributeError(f"a {type(self).__name__} has no attribute {name!r}: {said}")
 

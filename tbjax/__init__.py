@@ -19,6 +19,7 @@ from tbjax import elsewhere
 if TYPE_CHECKING:
     from tbjax import checkpoint, layers, training
     from tbjax.api import CausalLM, from_config, load, plan, save
+    from tbjax.compat.auto import AutoModelForCausalLM
     from tbjax.config import LayerKind, ModelConfig, MoE, Rope
     from tbjax.hosts import initialize
     from tbjax.mesh import make_mesh
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from tbjax.training.loop import TrainResult, make_train_step, train
 
 _HOMES = {
+    "AutoModelForCausalLM": "tbjax.compat.auto",
     "CausalLM": "tbjax.api",
     "Decoder": "tbjax.model",
     "LayerKind": "tbjax.config",
@@ -57,6 +59,7 @@ __all__ = [  # noqa: RUF022 (in the order of a reader's interest)
     "from_config",
     "train",
     "save",
+    "AutoModelForCausalLM",
     "initialize",
     "TrainConfig",
     "TrainResult",

@@ -42,8 +42,9 @@ def test_a_name_that_is_imported(module, name, ours):
 def test_what_nobody_has_is_missing_as_anywhere():
     for module in (tbjax, compat):
         assert not hasattr(module, "nobody_s")
-    with pytest.raises(ImportError, match=r"from tbjax\.compat import AutoModelForCausalLM"):
-        tbjax.AutoModelForCausalLM  # noqa: B018
+    with pytest.raises(ImportError, match=r"from tbjax\.compat import DistributedDataParallel"):
+        tbjax.DistributedDataParallel  # noqa: B018
+    assert tbjax.AutoModelForCausalLM is compat.AutoModelForCausalLM
     with pytest.raises(TypeError, match="unexpected keyword argument 'nobody_s'"):
         tbjax.load("nothing", nobody_s=1)  # pyright: ignore[reportCallIssue]
 

@@ -11,7 +11,6 @@ Imports nothing slow: the command line goes through here.
 """
 
 import functools
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, TypeVar, cast
@@ -255,12 +254,13 @@ def called_here(*words: str, tables: tuple[Table, ...] = (SETTINGS, NAMES)) -> s
 
 
 def refuse_import(module: str, name: str) -> None:
-    """Raise for a name that another library has and `module` has not; return for one that nobody has.
+    """Raise for a name that is imported from another library and that `module` has not; return for any other.
 
     An ImportError, although it is an attribute that is missing: of an AttributeError, `from module import name` shows
-    nothing.
+    nothing. The price is that `hasattr` and `getattr` with a default raise it too, for these names; of settings, which
+    are short and common words, nothing is said here.
     """
-    if (said := called_here(name)) and importlib.util.find_spec(f"{module}.{name}") is None:
+    if said := called_here(name, tables=(NAMES,)):
         raise ImportError(f"{module}: {said}")
 
 

@@ -30,8 +30,7 @@ def model():
         ("FSDP2Manager", 'sharding="FULL_SHARD"'),
         ("DeepSpeedEngine", "tbjax.compat.deepspeed(config)"),
         ("ScheduleZBVZeroBubble", 'TrainConfig(pipeline="zb-v")'),
-        ("ici_tensor_parallelism", "mesh={'tp': ...}"),
-        ("remat_policy", "TrainConfig(remat="),
+        ("fully_shard", 'sharding="FULL_SHARD"'),
     ],
 )
 def test_a_name_that_is_imported(module, name, ours):
@@ -49,11 +48,18 @@ def test_what_nobody_has_is_missing_as_anywhere():
         tbjax.load("nothing", nobody_s=1)  # pyright: ignore[reportCallIssue]
 
 
-def test_a_module_of_ours_goes_before_a_setting_of_theirs():
-    assert "optim" in elsewhere.SETTINGS["transformers"]
-    elsewhere.refuse_import("tbjax.compat", "optim")
-    with pytest.raises(ImportError, match="learning_rate"):
-        elsewhere.refuse_import("tbjax.compat", "lr")
+@pytest.mark.parametrize("module", [tbjax, compat])
+def test_a_setting_of_theirs_is_no_import(module):
+    for name in ("lr", "bf16", "profiler"):
+        assert elsewhere.called_here(name)
+        assert not hasattr(module, name)
+
+
+def test_a_module_of_ours_has_no_name_that_is_refused():
+    folders = (Path(tbjax.__file__).parent, Path(compat.__file__).parent)
+    modules = {file.stem for folder in folders for file in folder.iterdir()}
+    assert {"optim", "mesh"} <= modules
+    assert not modules & {name for names in elsewhere.NAMES.values() for name in names}
 
 
 TAKING = [

@@ -17,8 +17,11 @@ SMALLEST_CHUNK = 512
 
 # What a TPU keeps in one tile, of numbers of 16 bits. Keys and values of so many tokens, or a multiple of them, lie in
 # memory in the order of their dimensions. Of any other number a program would be given them in an order that spares
-# padding, and would turn all of them round: they would be there twice. Of few tokens they may.
+# padding, and would turn all of them round: they would be there twice.
 TILE = 16
+# Rings of up to so many tokens may be: the copy is then no larger than the keys and values of the tokens that are read
+# at once, which stand beside a cache anyway, while whole tiles in every part would lengthen a ring by a good share.
+LONGEST_LOOSE_RING = 512
 
 # Ropes that turn by the length of the whole, which they must see.
 WHOLE_ROPES = ("dynamic", "longrope")
@@ -62,5 +65,5 @@ def slots(window: int | None, capacity: int, chunk: int, cut: int = 1) -> int:
     if window is None:
         return whole
     ring = window + chunk - 1
-    unit = cut * TILE if ring > SMALLEST_CHUNK else cut
+    unit = cut * TILE if ring > LONGEST_LOOSE_RING else cut
     return min(whole, -(-ring // unit) * unit)

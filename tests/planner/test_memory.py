@@ -190,6 +190,7 @@ def test_long_rings_are_whole_tiles_and_no_longer_than_what_they_are_rings_of() 
     assert room.slots(4096, 4100, 1) == 4096
     assert room.slots(4090, 4095, 8) == 4095
     assert room.slots(6, 64, 3) == 8
+    assert room.slots(room.LONGEST_LOOSE_RING, 4096, 1, cut=3) == room.LONGEST_LOOSE_RING + 1  # in three equal parts
 
 
 def test_prompts_read_at_once_have_a_cache_without_windows() -> None:

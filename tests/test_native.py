@@ -20,6 +20,8 @@ def test_a_product_is_summed_in_float32_and_rounded_once():
     exact = np.einsum("bsi,oi->bso", *(np.asarray(a, np.float64) for a in (X, WEIGHT)))
     assert (found.shape, found.dtype) == (exact.shape, jnp.bfloat16)
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8, atol=1e-4)
+    wide = jax.jit(native.matmul)(X.astype(jnp.float32), WEIGHT.astype(jnp.float32))
+    np.testing.assert_allclose(wide, exact, rtol=1e-5, atol=1e-4)
     alone = jax.jit(native.matmul)(X[:1, :1], WEIGHT)
     np.testing.assert_allclose(np.asarray(alone, np.float64), exact[:1, :1], rtol=2**-8, atol=1e-4)
 
@@ -62,6 +64,9 @@ def test_they_are_asked_for_on_one_cpu_that_has_them():
         with native.where_it_serves(sharding):
             assert native.asked_for(X, WEIGHT) is wanted
             assert not native.asked_for(X, WEIGHT.astype(jnp.float32))
+            # In float32 of a few rows: one is read as fast in either order, and many are multiplied as fast.
+            for rows, few in ((1, False), (2, True), (512, True), (513, False)):
+                assert native.asked_for(jnp.zeros((1, rows, 96)), WEIGHT.astype(jnp.float32)) is (wanted and few)
         assert not native.asked_for(X, WEIGHT)
 
 

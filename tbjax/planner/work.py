@@ -111,11 +111,12 @@ ENDS_KERNELS = 3 * 10
 _SCORE_BYTES_FORWARD = 9
 _SCORE_BYTES_BACKWARD = 11
 
-# And where prompts are read: scores are made of a block of queries at a time, in float32 (4), read by the softmax (4)
-# and written as activations are (2) for the product with values, which reads them (2). Where devices have parts of the
-# keys, the maximum and the sum go round in between, so that scores are read twice more.
-_SCORE_BYTES_READING = 12
-_SCORE_BYTES_APART = 20
+# And where prompts are read: scores are made of a block of queries at a time, in float32 (4) and read by the softmax
+# (4). Where devices have parts of the keys, the maximum and the sum go round in between, so that they are read twice
+# more. Either way they are written as activations are for the product with values, which reads them.
+_WIDE_SCORE_BYTES_READING = 8
+_WIDE_SCORE_BYTES_APART = 16
+_NARROW_SCORES = 2
 
 
 @functools.lru_cache(maxsize=16384)
@@ -231,7 +232,8 @@ def _attention(
         moved = count * queries * keys * _SCORE_BYTES_FORWARD
     elif cut.met is not None:
         keys, apart = cut.met, cut.cp > 1 or heads_are_whole(config, cut.tp)
-        moved = count * queries * keys * (_SCORE_BYTES_APART if apart else _SCORE_BYTES_READING)
+        wide = _WIDE_SCORE_BYTES_APART if apart else _WIDE_SCORE_BYTES_READING
+        moved = count * queries * keys * (wide + _NARROW_SCORES * size)
     else:
         keys, moved = context_length(cut.sequence, kind.window, cut.context) / cut.parts, 0.0
     # Queries that share a key-value head stand side by side, so that keys are read once for all of them.

@@ -170,11 +170,15 @@ def test_reading_a_prompt_multiplies_all_keys_and_writes_the_scores():
     seen, met = (forward(config, DENSE, Cut(2, 1024, met=m), attention="fused", size=2) for m in (None, 2048))
     assert (seen.scores[0].columns, met.scores[0].columns) == (1025 / 2, 2048)
     assert (seen.scores_moved, met.scores_moved) == (0, 12 * 2 * config.heads * 1024 * 2048)
+    exact = forward(config, DENSE, Cut(2, 1024, met=2048), attention="fused", size=4)
+    assert exact.scores_moved == met.scores_moved * 16 / 12  # softmax gives them in float32 as well
     # Where devices have parts of the keys, scores are read for the maximum and the sum before these go round.
     grouped = dataclasses.replace(config, kv_heads=1)
-    for shared, axis in ((config, {"cp": 2}), (grouped, {"tp": 2})):
-        apart = forward(shared, DENSE, Cut(2, 1024, met=2048, **axis), attention="fused", size=2)
+    for shared, cut in ((config, Cut(2, 1024, met=2048, cp=2)), (grouped, Cut(2, 1024, met=2048, tp=2))):
+        apart = forward(shared, DENSE, cut, attention="fused", size=2)
         assert apart.scores_moved == met.scores_moved * 20 / 12 / 2
+        exact = forward(shared, DENSE, cut, attention="fused", size=4)
+        assert exact.scores_moved == apart.scores_moved * 24 / 20
 
 
 def test_decoding_reads_each_key_once_for_all_queries_that_share_it():

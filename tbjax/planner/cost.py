@@ -177,8 +177,10 @@ def _pass(priced: Prices, layout: Layout, sequence: int, cached: float) -> dict[
     """The parts of one way of all microbatches through the model, `sequence` tokens each behind `cached` ones."""
     m, rows = layout.microbatches, layout.rows(priced.workload)
     pp, fsdp, ep, tp = layout.pp, layout.fsdp, layout.ep, layout.tp
-    # A device of cp has its share of the tokens, or, of a single one, looks through its share of the cache for all.
-    cp, parts = (layout.cp, 1) if sequence % layout.cp == 0 else (1, layout.cp)
+    # A device of cp has its share of a prompt's tokens, or, of a single one, looks through its share of the cache for
+    # all. Prompts are padded, to lengths that devices divide; and a cache is cut whatever its length.
+    cp, parts = (layout.cp, 1) if sequence > 1 else (1, layout.cp)
+    sequence = -(-sequence // cp) * cp
     layers = priced.layers(pp, 1)
     ways = fsdp * ep if layout.strategy.cuts_parameters else 1
     work, fetched = priced.served(rows, sequence, cached, parts, pp, tp, cp, ep, 1), 0.0

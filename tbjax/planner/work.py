@@ -84,7 +84,7 @@ class Cut:
     rows: float  # sequences
     sequence: int  # tokens of a whole sequence, new ones only while decoding
     context: float = 0.0  # tokens that a query looks back on besides `sequence`: what is cached
-    parts: int = 1  # devices that share out what a query looks at
+    parts: int = 1  # devices that share out what a single query looks at; prompts are shared out over cp
     met: float | None = None  # keys that each query is multiplied with; None: those that it sees
     tp: int = 1
     cp: int = 1

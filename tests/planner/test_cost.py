@@ -308,6 +308,13 @@ def test_over_cp_a_token_reads_all_weights_and_its_share_of_the_cache():
     assert cut.decode == pytest.approx(alone.decode - spared + joined, rel=0.01)
 
 
+def test_over_cp_a_prompt_is_shared_out_though_its_length_does_not_divide():
+    one = dataclasses.replace(SERVING, global_batch=1, seq_len=131072)
+    even, odd = (serving(workload=dataclasses.replace(one, new_tokens=new), cp=8) for new in (512, 508))
+    assert odd.prefill == pytest.approx(even.prefill, rel=1e-3)  # of 130560 tokens and of 130564
+    assert odd.decode == pytest.approx(even.decode, rel=1e-3)
+
+
 def test_smaller_weights_are_read_sooner():
     times = [
         serving("h100:1", workload=dataclasses.replace(SERVING, global_batch=1, quantization=kind)).decode

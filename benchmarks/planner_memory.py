@@ -91,12 +91,19 @@ TINY = ModelConfig(
 )
 
 
+# And one whose query heads all share one key-value head, which no tp can cut: in serving it cuts tokens.
+MULTI_QUERY = dataclasses.replace(
+    TINY, embed=1024, mlp=4096, heads=32, kv_heads=1, head_dim=128, layer_kinds=(LayerKind(),) * 2
+)
+UNPUBLISHED = {"tiny": TINY, "multi-query": MULTI_QUERY}
+
+
 @functools.cache
 def model(name: str) -> ModelConfig:
     """A built-in model, or the first so many layers of one: "llama-2-7b", "llama-2-7b/4"."""
     name, _, layers = name.partition("/")
-    if name == "tiny":
-        config = TINY
+    if name in UNPUBLISHED:
+        config = UNPUBLISHED[name]
     else:
         fields = describe(name)
         config = family(fields["model_type"]).config(Fields(fields))
@@ -184,6 +191,7 @@ CASES = (
     Case("mistral serve tp, window", "mistral-7b-v0.1", "h100:8", serve(8, 16384, 1024), {"tp": 8}),
     Case("gemma 3 4b serve tp, read at once", "gemma-3-4b-pt", "h100:4", serve(1, 9216, 1024), {"tp": 4}),
     Case("llama 3.1 8b serve cp, long", "llama-3.1-8b", "h100:8", serve(1, 131072, 512), {"cp": 8}),
+    Case("multi-query serve tp", "multi-query", "h100:8", serve(16, 640, 128), {"tp": 8}),
     Case("70b fsdp x tp, more than fits", "llama-2-70b", "h100:8x8", train(128), {"fsdp": 8, "tp": 8}),
     Case("13b serve, more than fits", "llama-2-13b", "a100-40:1", serve(16, 4096, 1024), {}),
     # The CPU.

@@ -423,18 +423,24 @@ def _of_layer(step: Step, kind: Layer, slots: int) -> float:
 
 
 def _reading(step: Step, kind: Layer, reading: Reading) -> Iterator[tuple[str, Parts]]:
-    """What a layer has alive while a chunk of the prompts is read: at its scores, and in its feed-forward part."""
+    """What a layer has alive while a chunk of the prompts is read: at its scores, where queries are gathered, and in
+    its feed-forward part."""
     config, layout, compute = step.config, step.layout, step.workload.compute_bytes
     slots, read = reading.slots(kind), step.rows * reading.chunk
     cache = _of_layer(step, kind, slots)
     # Beside attention stands the residual stream alone. Over cp, all devices have all queries of the chunk, and what
-    # each found in its part of the keys.
-    attention = compute * (step.tokens * kind.embed + read * 2 * (kind.queries + kind.keys))
-    heads = config.heads if heads_are_whole(config, layout.tp) else kind.heads
+    # each found in its part of the keys; so they have over tp, of all heads, where that cuts a cache's tokens.
+    queries, keys, heads = kind.queries, kind.keys, kind.heads
+    if heads_are_whole(config, layout.tp):
+        queries, keys, heads = config.heads * config.head_dim, config.kv_heads * config.head_dim, config.heads
+    attention = compute * (step.tokens * kind.embed + read * 2 * (queries + keys))
     block = liveness.block_of(reading.chunk, slots * reading.cut, step.rows * heads)
     # In float32 and, on their way to the product with values, as activations are: on TPU within that product.
     scores = step.rows * heads * block * slots * (4 if step.compiler == "google" else 4 + compute)
     yield "attention", {"working set": cache + attention, "scores": scores}
+    if reading.cut > 1:
+        # Before there are scores, the queries as they were gathered, in blocks, and the room for what those find.
+        yield "gathering", {"working set": cache + attention + compute * read * queries}
     # The residual stream, its normed copy and, over tp, the sum of partial results, which TPUs reduce where they lie.
     stream = (3 if layout.tp > 1 and step.compiler != "google" else 2) * kind.embed
     inner = kind.inner + kind.queries

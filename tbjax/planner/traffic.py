@@ -147,11 +147,12 @@ def joined(
 
 def met(config: ModelConfig, workload: Workload, kind: LayerKind, rows: int, sequence: int, pp: int) -> int:
     """Keys that each query is multiplied with in serving: all that the layer's cache has room for, or, of prompts that
-    are read at once, all of those."""
+    are read at once into a cache of their own, all of those. Stages read them into the cache that lasts."""
     at_once = room.tokens_at_once(config, rows, sequence, pp=pp) if sequence > 1 else 1
-    if at_once == sequence > 1:
+    staged = room.in_stages(config, pp)
+    if at_once == sequence > 1 and not staged:
         return sequence
-    return room.slots(None if room.in_stages(config, pp) else kind.window, workload.seq_len, at_once)
+    return room.slots(None if staged else kind.window, workload.seq_len, at_once)
 
 
 def ends(

@@ -5,8 +5,9 @@ from collections import defaultdict
 import pytest
 
 from tbjax.config import LayerKind, ModelConfig
-from tbjax.planner import hlo, traffic
+from tbjax.planner import hlo, liveness, traffic
 from tbjax.planner.compilers import installed
+from tbjax.planner.moments import Reading
 from tbjax.planner.verify import verify
 from tbjax.planner.workload import Layout, Workload
 
@@ -69,6 +70,16 @@ def test_microbatches_gather_weights_each_and_a_pipeline_sends_in_every_tick():
     piped = predicted(pp=4, fsdp=2, microbatches=8)
     ticks = 2 * 8 + 2 * (4 - 1)
     assert piped["collective-permute", "pp"] == (2 * ticks, 2 * ticks * 128 * 256 * 2)
+
+
+def test_stages_read_prompts_into_the_cache_that_lasts():
+    serving = Workload(task="inference", global_batch=1, seq_len=8192, new_tokens=4096)
+    alone, staged = (traffic.met(CONFIG, serving, LayerKind(), 1, serving.prompt_len, pp) for pp in (1, 2))
+    assert (alone, staged) == (4096, 8192)
+    # What memory is planned for.
+    for keys, layout in ((alone, Layout(tp=2)), (staged, Layout(pp=2))):
+        kind = liveness.layers(CONFIG, layout.tp, layout.ep, layout.sequence_parallel)[0]
+        assert Reading.make(CONFIG, serving, layout).slots(kind) == keys
 
 
 def test_parameters_that_are_updated_in_parts_are_brought_together():

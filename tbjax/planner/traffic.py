@@ -68,7 +68,8 @@ def layer(
     prunes: bool = True,
     joins: bool = True,
 ) -> Spoken:
-    """An average layer: in training forwards, again and backwards; with no `remat`, forwards, but for `joined`.
+    """An average layer: in training forwards, again and backwards; with no `remat`, forwards, without what attention
+    to a cut cache sends (`joined`).
 
     `prunes` says that what is computed again leaves out what the backward pass does not ask for; `joins`, that the
     gradients by all matrices that lead into a block are added up before they are summed over devices.

@@ -12,7 +12,8 @@ Imports nothing slow: the command line goes through here.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias, TypeVar, cast
 
 Taking = TypeVar("Taking", bound=Callable[..., Any])
@@ -97,7 +98,7 @@ SETTINGS: Table = {
     "transformers": {
         "attn_implementation": "left to the device",
         "bf16": 'TrainConfig(precision="mixed")',
-        "device_map": "mesh=..., None for all devices on fsdp",
+        "device_map": "mesh=..., left out for all devices on fsdp",
         "fp16": 'TrainConfig(precision="float16")',
         "gradient_accumulation_steps": "TrainConfig(microbatches=...)",
         "gradient_checkpointing": 'TrainConfig(remat="full")',
@@ -243,14 +244,49 @@ METHODS: Table = {
 }
 
 
-def called_here(*words: str, tables: tuple[Table, ...] = (SETTINGS, NAMES)) -> str:
-    """A sentence on what the first of `words` that another library knows is called here; none if there is no such."""
+# An answer that is one argument: whose it is, its name, its value, and a remark or further values.
+_ARGUMENT = re.compile(r"""(TrainConfig\(|tbjax\.train\(\.\.\., )?(\w+)=(\.{3}|".*?"|\(.*?\)|\{.*?\})(?(1)\))(.*)""")
+
+
+def called_here(
+    *words: str,
+    tables: tuple[Table, ...] = (SETTINGS, NAMES),
+    of: str = "",
+    taking: Collection[str] = (),
+    options: bool = False,
+) -> str:
+    """A sentence on what the first of `words` that another library knows is called here; none if there is no such.
+
+    `of` is what was called with them, and `taking` what it takes (as `options` of a command, or as arguments): where
+    the answer is among these, it is told as it is written there.
+    """
     for word in words:
         said = [(library, ours[word]) for table in tables for library, ours in table.items() if word in ours]
         if said:
             owners = " and ".join(f"{library}'" if library.endswith("s") else f"{library}'s" for library, _ in said)
-            return f"{word!r} is {owners}; here it is {', or '.join(dict.fromkeys(ours for _, ours in said))}."
+            answers = dict.fromkeys(_written(ours, of, taking, options=options) for _, ours in said)
+            return f"{word!r} is {owners}; here it is {', or '.join(answers)}."
     return ""
+
+
+def _written(ours: str, of: str, taking: Collection[str], *, options: bool) -> str:
+    """An answer as an argument or an option of what was called, if it takes that; else as the table has it."""
+    found = _ARGUMENT.fullmatch(ours)
+    if found is None or ours.startswith(f"{of}("):
+        return ours
+    owner, name, value, rest = found.groups()
+    if name == "batch_size" and name not in taking:
+        name = "global_batch"  # as the planner has it
+    if name not in taking or (name == "schedule" and "learning_rate" not in taking):  # then it is the pipeline's
+        return ours
+    if owner:  # the values are TrainConfig's, and others may take other ones
+        value, rest = "...", rest if re.match(r", \w", rest) else ""
+    if not options:
+        return f"{of}({name}={value}){rest}"
+    option = f"--{name.replace('_', '-')}"
+    if axis := re.match(r"\{'(\w+)'", value):
+        return f"{option} {axis[1]}=N"
+    return option + rest if value == "..." else f"{option} {value}{rest}".replace('"', "")
 
 
 def refuse_import(module: str, name: str) -> None:
@@ -273,7 +309,7 @@ def told_by_name(taking: Taking) -> Taking:
     @functools.wraps(call)
     def checked(*arguments: Any, **given: Any) -> Any:
         for name in given:
-            if name not in known and (said := called_here(name)):
+            if name not in known and (said := called_here(name, of=taken.__name__, taking=known)):
                 raise TypeError(f"{taken.__name__}: {said}")
         return call(*arguments, **given)
 

@@ -172,7 +172,9 @@ def _usage(error: Any) -> str:
     if not said:
         return ""
     unknown = () if hasattr(error, "param") else re.findall(r"[a-z]\w*", message.replace("-", "_"))
-    hint = elsewhere.called_here(*unknown)
+    command = error.ctx.command
+    takes = [parameter.name for parameter in command.params if parameter.param_type_name == "option"]
+    hint = elsewhere.called_here(*unknown, of=command.name, taking=takes, options=True)
     parts = [said if said.endswith((".", "?")) else f"{said}.", hint, f"See `{error.ctx.command_path} --help`."]
     return " ".join(filter(None, parts))
 

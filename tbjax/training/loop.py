@@ -24,6 +24,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from tbjax.elsewhere import told_by_name
 from tbjax.heap import give_back
 from tbjax.model import Decoder
 from tbjax.pages import losses as curves
@@ -101,6 +102,7 @@ class TrainResult:
         return f"loss {self.losses[0]:.4g} to {self.losses[-1]:.4g} in steps {first} to {self.step}"
 
 
+@told_by_name
 def train(
     model: Decoder,
     data: Iterable[Any],

@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,6 +63,8 @@ def test_a_module_of_ours_has_no_name_that_is_refused():
     assert not modules & {name for names in elsewhere.NAMES.values() for name in names}
 
 
+NO_RUN: Any = (None, [], None)  # refused before it is looked at
+
 TAKING = [
     (lambda **given: tbjax.TrainConfig(steps=1, **given), "TrainConfig", "remat_policy", 'TrainConfig(remat="full")'),
     (lambda **given: tbjax.TrainConfig(steps=1, **given), "TrainConfig", "lr", "TrainConfig(learning_rate=...)"),
@@ -76,8 +79,8 @@ TAKING = [
         "TrainConfig(schedule=...)",
     ),
     (lambda **given: tbjax.plan("nothing", "h100:8", **given), "plan", "remat_policy", "plan(remat=...)."),
-    (lambda **given: tbjax.train(None, [], None, **given), "train", "output_dir", "train(checkpoint_dir=...)"),
-    (lambda **given: tbjax.train(None, [], None, **given), "train", "lr", "TrainConfig(learning_rate=...)"),
+    (lambda **given: tbjax.train(*NO_RUN, **given), "train", "output_dir", "train(checkpoint_dir=...)"),
+    (lambda **given: tbjax.train(*NO_RUN, **given), "train", "lr", "TrainConfig(learning_rate=...)"),
     (
         lambda **given: compat.AutoModelForCausalLM.from_pretrained("nothing", **given),
         "load",

@@ -27,7 +27,7 @@ class Singles:
 
     arrays: list[jax.Array]
     # Of each group how often it repeats, and the form of each block of its pattern.
-    groups: tuple[tuple[int, tuple[jax.tree_util.PyTreeDef, ...]], ...] = dataclasses.field(metadata={"static": True})
+    groups: tuple[tuple[int, tuple[Any, ...]], ...] = dataclasses.field(metadata={"static": True})
 
     def blocks(self) -> list[list[list[Block]]]:
         """Of each group the repeats, of each repeat the blocks of its pattern."""
@@ -64,10 +64,15 @@ def _views(stacks: Sequence[jax.Array]) -> list[list[jax.Array]]:
     placed = [
         iter(jax.device_put([row for on_device in parts for row in on_device[device]], device)) for device in parts[0]
     ]
-    return [
-        [jax.make_array_from_single_device_arrays(shape, own, [next(rows) for rows in placed]) for _ in range(repeats)]
-        for (repeats, *shape), own in zip(map(np.shape, stacks), map(_of_one, stacks), strict=True)
-    ]
+    views: list[list[jax.Array]] = []
+    for stack in stacks:
+        repeats, *shape = stack.shape
+        own = _of_one(stack)
+        views.append([
+            jax.make_array_from_single_device_arrays(tuple(shape), own, [next(rows) for rows in placed])
+            for _ in range(repeats)
+        ])  # fmt: skip
+    return views
 
 
 def _of_one(stack: jax.Array) -> jax.sharding.Sharding:

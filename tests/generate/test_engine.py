@@ -86,6 +86,7 @@ def test_long_prompts_in_chunks(model, monkeypatch):
     prompts = [np.random.default_rng(n).integers(0, 257, length).tolist() for n, length in enumerate((70, 3, 100))]
     whole = generate(model, prompts, max_new_tokens=12)
     monkeypatch.setattr(room, "SMALLEST_CHUNK", 16)
+    monkeypatch.setattr(room, "LONGEST_LOOSE_RING", 16)
     monkeypatch.setattr(room, "TOKENS_AT_ONCE", 16)
     prefill.clear_cache()
     assert generate(model, prompts, max_new_tokens=12) == whole

@@ -5,9 +5,9 @@
     python -m benchmarks.scaling v5p 405B            compiles only what has both words in its model and its cluster
     python -m benchmarks.scaling --stored --svg FILE draws the curves
 
-Two tables. The models that others train on such machines, each laid out as `tbjax.plan` lays it
-out; and Llama-2-70B from 64 devices upwards at a fixed batch for each device, which is how training grows. Every
-program is whole, compiled for all of its devices: none of them is there, and no layer is left out.
+Two tables. The models that others train on such machines, each laid out as `tbjax.plan` lays it out; and Llama-2-70B
+from 64 devices upwards at a fixed batch for each device, which is how training grows. Every program is whole, compiled
+for all of its devices: none of them is there, and no layer is left out.
 
 From the compiler come the bytes of one device and what it exchanges with others in a step. The seconds of a step are
 the planner's, for the very layout that was compiled; what the compiler for TPU takes a device to compute, without the

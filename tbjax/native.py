@@ -10,7 +10,7 @@ are slow: they run on one thread. A vector before a transposed weight, cast to f
 casts included, and shares it out among threads. Put the other way round, W x, it casts the whole weight first.
 
 Float32 products of a few rows, as in decoding a batch, gain by the same order, the weight first: with 8 to 128 rows
-they take a half to three quarters of the time.
+they take a half to four fifths of the time.
 
 Generation alone asks for them (`where_it_serves`): there is no way back through a pinned array, and it is one device
 that gains, since of several each would have to be told.

@@ -13,7 +13,6 @@ from tbjax.planner.flight import activations_in_flight, arrivals_in_flight
 from tbjax.planner.liveness import Compiler, Layer, Live
 from tbjax.planner.parameters import TILE, Shard, bytes_per_device, shards, stage_layers
 from tbjax.planner.workload import Layout, Optimizer, Workload
-from tbjax.room import heads_are_whole
 from tbjax.sharding import STATIONARY_SHARE, ShardingStrategy
 
 # Float32 logits that the loss computes at once on a device (`tbjax.training.loss.CHUNK_BYTES`).
@@ -431,7 +430,7 @@ def _reading(step: Step, kind: Layer, reading: Reading) -> Iterator[tuple[str, P
     # Beside attention stands the residual stream alone. Over cp, all devices have all queries of the chunk, and what
     # each found in its part of the keys; so they have over tp, of all heads, where that cuts a cache's tokens.
     queries, keys, heads = kind.queries, kind.keys, kind.heads
-    if heads_are_whole(config, layout.tp):
+    if room.heads_are_whole(config, layout.tp):
         queries, keys, heads = config.heads * config.head_dim, config.kv_heads * config.head_dim, config.heads
     attention = compute * (step.tokens * kind.embed + read * 2 * (queries + keys))
     block = liveness.block_of(reading.chunk, slots * reading.cut, step.rows * heads)

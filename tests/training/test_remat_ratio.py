@@ -29,7 +29,9 @@ def kept(remat):
     gradient = jax.grad(lambda model, batch: loss_of(model, batch, 256, dtype=jnp.float32, remat=remat))
     equations = jax.make_jaxpr(gradient)(model, batch).jaxpr.eqns
     forward = next(equation for equation in equations if equation.primitive.name == "scan")
-    stacks = [variable.aval for variable in forward.outvars[forward.params["num_carry"] :]]
+    outcomes = [variable.aval for variable in forward.outvars]
+    turns = forward.params["jaxpr"].out_avals  # of one turn: what goes on to the next, and what is put on a stack
+    stacks = [stack for stack, turn in zip(outcomes, turns, strict=True) if stack.ndim > turn.ndim]
     return sum(stack.size * stack.dtype.itemsize for stack in stacks)
 
 

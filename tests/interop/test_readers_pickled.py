@@ -97,6 +97,7 @@ def test_a_pickle_that_tries_to_run_code_does_not(tmp_path: Path, protocol: str)
     assert evidence.exists()
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")  # by PyTorch, since 2.15
 @pytest.mark.parametrize(
     ("contents", "message"),
     [

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from tbjax.remat import CASTS_AND_RELAYOUTS, Policy
 
@@ -88,13 +88,12 @@ def take_apart(
         return y, of_x, of_weights
 
     y = jax.eval_shape(layer, weights, surroundings, x)
-    program = _flat(jax.make_jaxpr(whole)(weights, surroundings, x, y))
-    jaxpr = program.jaxpr
+    jaxpr, consts = _flat(*_opened(jax.make_jaxpr(whole)(weights, surroundings, x, y)))
     standing, into, above = _cut(jaxpr.invars, len(jax.tree.leaves((weights, surroundings))), len(jax.tree.leaves(x)))
     out, of_x, of_weights = _cut(jaxpr.outvars, len(jax.tree.leaves(y)), len(jax.tree.leaves(x)))
     y_tree, x_tree = jax.tree.structure(y), jax.tree.structure(x)
 
-    constants = dict(zip(jaxpr.constvars, program.consts, strict=True))
+    constants = dict(zip(jaxpr.constvars, consts, strict=True))
     steps = _Steps(jaxpr.eqns)
     given = {*standing, *constants}
     fixed = given | steps.following_from(given)  # never kept
@@ -213,16 +212,22 @@ def _is_kept(maker: JaxprEqn, remat: Policy) -> bool:
     raise ValueError(f"remat={remat!r} is unknown: tbjax knows 'none', 'dots', 'full'.")
 
 
-def _flat(program: ClosedJaxpr) -> ClosedJaxpr:
+def _opened(program: Any) -> tuple[Jaxpr, Sequence[Any]]:
+    """A traced program and the values of its constants. Up to JAX 0.10 one that has them is a `ClosedJaxpr` around a
+    `Jaxpr`; since then there is but one class, which names itself as what it is around."""
+    return getattr(program, "jaxpr", program), getattr(program, "consts", ())
+
+
+def _flat(jaxpr: Jaxpr, consts: Sequence[Any]) -> tuple[Jaxpr, Sequence[Any]]:
     """The program with the equations of calls in the place of the calls."""
 
     def run(*values: Any) -> list[Any]:
-        environment = dict(zip(program.jaxpr.invars, values, strict=True))
-        environment |= zip(program.jaxpr.constvars, program.consts, strict=True)
-        _evaluate(program.jaxpr.eqns, environment, inline=True)
-        return [_read(environment, v) for v in program.jaxpr.outvars]
+        environment = dict(zip(jaxpr.invars, values, strict=True))
+        environment |= zip(jaxpr.constvars, consts, strict=True)
+        _evaluate(jaxpr.eqns, environment, inline=True)
+        return [_read(environment, v) for v in jaxpr.outvars]
 
-    return jax.make_jaxpr(run)(*_shapes(program.jaxpr.invars))
+    return _opened(jax.make_jaxpr(run)(*_shapes(jaxpr.invars)))
 
 
 def _evaluate(equations: Iterable[JaxprEqn], environment: dict[Any, Any], *, inline: bool = False) -> None:
@@ -231,8 +236,7 @@ def _evaluate(equations: Iterable[JaxprEqn], environment: dict[Any, Any], *, inl
         values = [_read(environment, v) for v in equation.invars]
         called = _CALLS.get(equation.primitive.name) if inline else None
         if called is not None:
-            inner = equation.params[called]
-            jaxpr, consts = (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, ())
+            jaxpr, consts = _opened(equation.params[called])
             inside = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
             _evaluate(jaxpr.eqns, inside, inline=True)
             results = [_read(inside, v) for v in jaxpr.outvars]

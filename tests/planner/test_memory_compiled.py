@@ -1,5 +1,7 @@
 """The planner's memory beside the vendors' compilers: figures kept in tests/data, and, slowly, compiled anew."""
 
+from importlib.metadata import version
+
 import pytest
 
 from benchmarks.planner_memory import CASE, CASES, Case, compile_case, error, kept
@@ -50,4 +52,6 @@ def test_the_compiler_still_says_what_was_kept(name: str) -> None:
     compiler = compiler_for(case.inputs()[3])
     if not installed(compiler):
         pytest.skip(f"the {compiler!r} compiler is not installed: tbjax[verify]")
+    if (release := version("jax")) != COMPILED[name].jax:
+        pytest.skip(f"what was kept is of JAX {COMPILED[name].jax}; the compilers of {release} allocate otherwise")
     assert compile_case(case).total == pytest.approx(COMPILED[name].total, rel=0.02)

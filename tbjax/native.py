@@ -1,19 +1,22 @@
-"""Products with weights on one CPU, as its compiler does them best: bfloat16 without a float32 copy of the weight.
+"""Products on one CPU, as its compiler does them best: bfloat16 without a float32 copy of the weight.
 
 XLA for the CPU has kernels for these, and takes them under narrow conditions: the sum stays float32, both operands and
 the result lie row by row, and neither of them is a vector. Missing one it casts the whole weight to float32 first, in
-every call anew, and multiplies that. So here the product is put as the kernels want it, the weight first, and every
-array is pinned to its order, lest the compiler turn one round on the way.
+every call anew, and multiplies that. So here the product is put as the kernels want it, and every array is pinned to
+its order, lest the compiler turn one round on the way.
 
 A single row, as in decoding one answer, is not a matter of arithmetic but of reading the weight, in which the kernels
 are slow: they run on one thread. A vector before a transposed weight, cast to float32, the compiler makes one loop of,
 casts included, and shares it out among threads. Put the other way round, W x, it casts the whole weight first.
 
-Float32 products of a few rows, as in decoding a batch, gain by the same order, the weight first: with 8 to 128 rows
-they take a half to four fifths of the time.
+Float32 products of a few rows, as in decoding a batch, gain by the weight standing first: with 8 to 128 rows they take
+a half to four fifths of the time.
 
-Generation alone asks for them (`where_it_serves`): there is no way back through a pinned array, and it is one device
-that gains, since of several each would have to be told.
+What stands between the products is slow where the compiler rounds to bfloat16 after every step, which takes several
+instructions (`wide`), or puts parts together and turns them round at once, element by element (`heads_first`).
+
+Generation alone asks for all this (`where_it_serves`): there is no way back through a pinned array, and it is one
+device that gains, since of several each would have to be told.
 """
 
 import contextlib
@@ -65,9 +68,29 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 1:
         product = _of_one_row(rows[0], weight)
+    elif x.dtype == jnp.bfloat16:
+        product = _pinned(jnp.einsum("ri,oi->ro", _pinned(rows), _pinned(weight), preferred_element_type=jnp.float32))
     else:
-        product = _pinned(jnp.matmul(_pinned(weight), _pinned(rows.T), preferred_element_type=jnp.float32)).T
+        product = _pinned(_pinned(weight) @ _pinned(rows.T)).T
     return product.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+def dot_general(a: jax.Array, b: jax.Array, dimensions: Any) -> jax.Array:
+    """`jax.lax.dot_general` in the operands' precision; where native products are asked for, as one of those."""
+    summed = jnp.float32 if _asked.get() else None
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=summed).astype(b.dtype)
+
+
+def wide(a: jax.Array) -> jax.Array:
+    """In float32 where native products are asked for: what is computed of it is then rounded once, at its end."""
+    return a.astype(jnp.float32) if _asked.get() else a
+
+
+def heads_first(a: jax.Array) -> jax.Array:
+    """[B, S, H, N], which lies in memory as [B, H, S, N] where native products of bfloat16 are asked for."""
+    if not _asked.get() or a.dtype != jnp.bfloat16:
+        return a
+    return with_layout_constraint(a, Layout((0, 2, 1, 3)))
 
 
 def _of_one_row(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -46,6 +46,31 @@ def test_a_single_row_is_multiplied_within_one_loop_over_the_weight(features):
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * weight.size
 
 
+def test_what_stands_between_products_is_rounded_once_and_lies_as_they_take_it():
+    if not native._works(jax.devices()[0]):
+        pytest.skip("this compiler has no native products")
+    sharding = as_sharding(make_mesh((1, 1, 1), jax.devices()[:1]))
+    weights = jax.random.normal(jax.random.key(4), (2, 3, 64, 128), jnp.bfloat16)
+    values = jax.random.normal(jax.random.key(5), (2, 3, 128, 64), jnp.bfloat16)
+    heads = jnp.moveaxis(values, 1, 2)
+    dimensions = ((3,), (2,)), ((0, 1), (0, 1))
+    assert native.wide(values) is values
+    assert native.heads_first(heads) is heads
+    with native.where_it_serves(sharding):
+        assert native.wide(values).dtype == jnp.float32
+        compiled = jax.jit(lambda a, b: native.dot_general(a, b, dimensions)).lower(weights, values).compile()
+        turned = jax.jit(lambda a: native.heads_first(a * 2)).lower(heads).compile()
+    exact = np.asarray(weights, np.float64) @ np.asarray(values, np.float64)
+    product = compiled(weights, values)
+    assert product.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(product, np.float64), exact, rtol=2**-8, atol=1e-4)
+    # Room for the sums in float32, and none for either operand.
+    assert compiled.memory_analysis().temp_size_in_bytes <= 4 * product.size + 1024
+    np.testing.assert_array_equal(turned(heads), heads * 2)
+    (layout,) = jax.tree.leaves(turned.output_formats, is_leaf=lambda leaf: hasattr(leaf, "layout"))
+    assert layout.layout.major_to_minor == (0, 2, 1, 3)
+
+
 def test_where_the_compiler_casts_the_weight_they_are_not_asked_for(monkeypatch):
     def cast(x, weight):
         return jnp.einsum(

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from tbjax import native
 from tbjax.config import LayerKind, ModelConfig
 from tbjax.layers.attend import attend
 from tbjax.layers.blocks import Keys, Scoring
@@ -131,7 +132,7 @@ class Attention(nnx.Module):
         if self.config.qk_norm == "head":
             query, key = self._norm(query, key)
         if angles is not None:
-            query, key = rotate(query, *angles), rotate(key, *angles)
+            query, key = native.heads_first(rotate(query, *angles)), rotate(key, *angles)
         # Only where attention takes it in parts does the sequence stay cut.
         sequence = "sequence" if isinstance(keys, CutKeys) else None
         layout = HeadLayout.stored(self.config.heads, self.config.kv_heads) if as_stored else self.layout

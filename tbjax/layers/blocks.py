@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from tbjax import native
+
 Arrays = TypeVar("Arrays")
 
 # A masked score: finite, so that a row which may attend to nothing (left padding) stays finite too.
@@ -220,7 +222,7 @@ def _block(scoring: Scoring, query: jax.Array, key: jax.Array, value: jax.Array,
     exponentials = jnp.exp(scores - highest)
     share = 1 / jnp.sum(exponentials, axis=-1, keepdims=True)
     weights = (exponentials * share).astype(value.dtype)
-    out = jax.lax.dot_general(weights, value, (((4,), (2,)), _EACH_HEAD))
+    out = native.dot_general(weights, value, (((4,), (2,)), _EACH_HEAD))
     return jnp.moveaxis(out, 3, 1), _Sums(*(jnp.moveaxis(a[..., 0], 3, 1) for a in (highest, share)))
 
 

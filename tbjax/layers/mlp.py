@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tbjax.config import ModelConfig
 from tbjax.layers.linear import ColumnParallelLinear, RowParallelLinear
+from tbjax.native import wide
 from tbjax.sharding import Sharding
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -47,5 +48,5 @@ class MLP(nnx.Module):
         activation = ACTIVATIONS[self.activation]
         gate = None if self.gate is None else checkpoint_name(self.gate(x), "gate")
         up = checkpoint_name(self.up(x), "up")
-        hidden = activation(up) if gate is None else activation(gate) * up
-        return self.down(checkpoint_name(hidden, "hidden"))
+        hidden = activation(wide(up)) if gate is None else activation(wide(gate)) * wide(up)
+        return self.down(checkpoint_name(hidden.astype(up.dtype), "hidden"))

@@ -13,7 +13,9 @@ Float32 products of a few rows, as in decoding a batch, gain by the weight stand
 a half to four fifths of the time.
 
 What stands between the products is slow where the compiler rounds to bfloat16 after every step, which takes several
-instructions (`wide`), or puts parts together and turns them round at once, element by element (`heads_first`).
+instructions (`wide`); where it puts parts together and turns them round at once, element by element (`heads_first`);
+where a row's features are found by dividing, for every row of the weight anew (`heads_joined`); and where it casts a
+whole table in order to look up a row of it (`take`).
 
 Generation alone asks for all this (`where_it_serves`): there is no way back through a pinned array, and it is one
 device that gains, since of several each would have to be told.
@@ -76,9 +78,9 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def dot_general(a: jax.Array, b: jax.Array, dimensions: Any) -> jax.Array:
-    """`jax.lax.dot_general` in the operands' precision; where native products are asked for, as one of those."""
+    """`jax.lax.dot_general`; where native products are asked for its sums are not rounded."""
     summed = jnp.float32 if _asked.get() else None
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=summed).astype(b.dtype)
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=summed)
 
 
 def wide(a: jax.Array) -> jax.Array:
@@ -91,6 +93,24 @@ def heads_first(a: jax.Array) -> jax.Array:
     if not _asked.get() or a.dtype != jnp.bfloat16:
         return a
     return with_layout_constraint(a, Layout((0, 2, 1, 3)))
+
+
+def heads_joined(a: jax.Array, dtype: Any) -> jax.Array:
+    """[B, S, H, N] as [B, S, H * N], rounded to `dtype`."""
+    joined = a.reshape(*a.shape[:2], -1)
+    if _asked.get():
+        # The compiler would round before it joins. Only what it has rounded is an array that a product's loop reads:
+        # joining would become a part of the loop, a division by N for each of the weight's numbers.
+        joined = jax.lax.optimization_barrier(joined)
+    return joined.astype(dtype)
+
+
+def take(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The table's rows of `tokens`; one that is beyond it is the last."""
+    if not _asked.get() or table.dtype != jnp.bfloat16:
+        return jnp.take(table, tokens, axis=0, mode="clip")
+    bits = jnp.take(jax.lax.bitcast_convert_type(table, jnp.uint16), tokens, axis=0, mode="clip")
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
 def _of_one_row(x: jax.Array, weight: jax.Array) -> jax.Array:

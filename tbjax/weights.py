@@ -137,7 +137,7 @@ matmul_turning_less.defvjp(_matmul_turning_less_forward, _matmul_turning_less_ba
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def take(table: jax.Array, tokens: jax.Array, rows: int) -> jax.Array:
     """The rows of `tokens`. A row's gradient is summed in float32: thousands of tokens may share one."""
-    return jnp.take(table, tokens, axis=0, mode="clip")
+    return native.take(table, tokens)
 
 
 def _take_forward(table: jax.Array, tokens: jax.Array, rows: int) -> Any:

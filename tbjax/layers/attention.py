@@ -146,7 +146,7 @@ class Attention(nnx.Module):
                 cache, key, value, keys = cache.write(key, value, keys, self.config, self.sharding)
             out = attend(query, key, value, keys, scoring, self.sharding)
         out = layout.collect(self._whole(self._over_heads(out, sequence)))
-        return self.output(out.reshape(*out.shape[:2], -1)), cache
+        return self.output(native.heads_joined(out, x.dtype)), cache
 
     def _whole(self, a: jax.Array, *, always: bool = False) -> jax.Array:
         """All heads on every tp device: `always`, or in a pipeline stage where they are laid out unlike the weights.

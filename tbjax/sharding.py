@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tbjax import mesh as meshes
-from tbjax import weights
+from tbjax import native, weights
 from tbjax.cut import Cut
 from tbjax.cut import cut as cut_over
 from tbjax.quantize.weight import Parts, QuantizedWeight
@@ -302,7 +302,7 @@ class Sharding:
             # XLA for NVIDIA makes a slice of a lookup of one row, for which it would gather the table.
             found = self._lookup_by_part(tokens, table[...], stored, dtype or table.dtype)
         else:
-            found = jnp.take(table[...], tokens, axis=0, mode="clip").astype(dtype or table.dtype)
+            found = native.take(table[...], tokens).astype(dtype or table.dtype)
         return self.lay(found, self.activation((*leading_dims(found), table.dims[1]), found.shape, STATIONARY_AXES))
 
     def _lookup_by_part(self, tokens: jax.Array, table: jax.Array, spec: PartitionSpec, dtype: Any) -> jax.Array:

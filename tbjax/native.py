@@ -1,4 +1,6 @@
-"""Products on one CPU, as its compiler does them best: bfloat16 without a float32 copy of the weight.
+"""Products and what stands between them, on one CPU as its compiler does them best.
+
+Bfloat16 first of all is multiplied without a float32 copy of the weight.
 
 XLA for the CPU has kernels for these, and takes them under narrow conditions: the sum stays float32, both operands and
 the result lie row by row, and neither of them is a vector. Missing one it casts the whole weight to float32 first, in
@@ -13,9 +15,9 @@ Float32 products of a few rows, as in decoding a batch, gain by the weight stand
 a half to four fifths of the time.
 
 What stands between the products is slow where the compiler rounds to bfloat16 after every step, which takes several
-instructions (`wide`); where it puts parts together and turns them round at once, element by element (`heads_first`);
-where a row's features are found by dividing, for every row of the weight anew (`heads_joined`); and where it casts a
-whole table in order to look up a row of it (`take`).
+instructions (`wide`); where it puts parts together and turns them round at once, element by element
+(`laid_heads_first`); where a row's features are found by dividing, for every row of the weight anew (`heads_joined`);
+and where it casts a whole table in order to look up a row of it (`take`).
 
 Generation alone asks for all this (`where_it_serves`): there is no way back through a pinned array, and it is one
 device that gains, since of several each would have to be told.
@@ -47,7 +49,7 @@ _TRIED = (512, 64)
 
 @contextlib.contextmanager
 def where_it_serves(sharding: "Sharding") -> Iterator[None]:
-    """Within it products are native, on a mesh of one CPU that has them."""
+    """Within it all of the above is done, on a mesh of one CPU that has native products."""
     mesh = sharding.mesh
     device: Any = mesh.devices.flat[0] if isinstance(mesh, Mesh) and mesh.size == 1 else None
     token = _asked.set(device is not None and device.platform == "cpu" and _works(device))
@@ -77,8 +79,8 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     return product.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
-def dot_general(a: jax.Array, b: jax.Array, dimensions: Any) -> jax.Array:
-    """`jax.lax.dot_general`; where native products are asked for its sums are not rounded."""
+def dot_summed_wide(a: jax.Array, b: jax.Array, dimensions: Any) -> jax.Array:
+    """`jax.lax.dot_general`, whose sums stay float32 where native products are asked for."""
     summed = jnp.float32 if _asked.get() else None
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=summed)
 
@@ -88,8 +90,8 @@ def wide(a: jax.Array) -> jax.Array:
     return a.astype(jnp.float32) if _asked.get() else a
 
 
-def heads_first(a: jax.Array) -> jax.Array:
-    """[B, S, H, N], which lies in memory as [B, H, S, N] where native products of bfloat16 are asked for."""
+def laid_heads_first(a: jax.Array) -> jax.Array:
+    """[B, S, H, N], lying in memory as [B, H, S, N] where native products of bfloat16 are asked for."""
     if not _asked.get() or a.dtype != jnp.bfloat16:
         return a
     return with_layout_constraint(a, Layout((0, 2, 1, 3)))
@@ -98,17 +100,18 @@ def heads_first(a: jax.Array) -> jax.Array:
 def heads_joined(a: jax.Array, dtype: Any) -> jax.Array:
     """[B, S, H, N] as [B, S, H * N], rounded to `dtype`."""
     joined = a.reshape(*a.shape[:2], -1)
-    if _asked.get():
-        # The compiler would round before it joins. Only what it has rounded is an array that a product's loop reads:
-        # joining would become a part of the loop, a division by N for each of the weight's numbers.
+    if _asked.get() and joined.dtype != dtype:
+        # Left to itself the compiler rounds first and joins afterwards. What a product's loop reads is then the rounded
+        # array, not yet joined, and joining becomes a part of the loop: a division by N for each number of the weight.
         joined = jax.lax.optimization_barrier(joined)
     return joined.astype(dtype)
 
 
 def take(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """The table's rows of `tokens`; one that is beyond it is the last."""
+    """The table's rows of `tokens`. One beyond the last row gets the last, one below zero the first."""
     if not _asked.get() or table.dtype != jnp.bfloat16:
         return jnp.take(table, tokens, axis=0, mode="clip")
+    # Integers are looked up where they lie; of bfloat16 the compiler would cast the whole table.
     bits = jnp.take(jax.lax.bitcast_convert_type(table, jnp.uint16), tokens, axis=0, mode="clip")
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
 

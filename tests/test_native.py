@@ -1,4 +1,4 @@
-"""Native products of bfloat16: the compiler takes them, and they are the products that they stand for."""
+"""Native products and what stands between them: the compiler takes them, and they are what they stand for."""
 
 import jax
 import jax.numpy as jnp
@@ -54,18 +54,28 @@ def test_a_single_row_is_multiplied_within_one_loop_over_the_weight(features):
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * weight.size
 
 
+@pytest.mark.parametrize("rows", [2, 8, 128])
+def test_several_rows_are_multiplied_without_a_cast_of_the_weight(rows):
+    x = jax.random.normal(jax.random.key(2), (rows, 576), jnp.bfloat16)
+    weight = jax.random.normal(jax.random.key(3), (1536, 576), jnp.bfloat16)
+    compiled = jax.jit(native.matmul).lower(x, weight).compile()
+    exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    np.testing.assert_allclose(np.asarray(compiled(x, weight), np.float64), exact, rtol=2**-8, atol=1e-4)
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * weight.size
+
+
 def test_what_stands_between_products_is_rounded_once_and_lies_as_they_take_it(served):
     weights = jax.random.normal(jax.random.key(4), (2, 3, 64, 128), jnp.bfloat16)
     values = jax.random.normal(jax.random.key(5), (2, 3, 128, 64), jnp.bfloat16)
     heads = jnp.moveaxis(values, 1, 2)
     dimensions = ((3,), (2,)), ((0, 1), (0, 1))
     assert native.wide(values) is values
-    assert native.heads_first(heads) is heads
-    assert native.dot_general(weights, values, dimensions).dtype == jnp.bfloat16
+    assert native.laid_heads_first(heads) is heads
+    assert native.dot_summed_wide(weights, values, dimensions).dtype == jnp.bfloat16
     with native.where_it_serves(served):
         assert native.wide(values).dtype == jnp.float32
-        compiled = jax.jit(lambda a, b: native.dot_general(a, b, dimensions)).lower(weights, values).compile()
-        turned = jax.jit(lambda a: native.heads_first(a * 2)).lower(heads).compile()
+        compiled = jax.jit(lambda a, b: native.dot_summed_wide(a, b, dimensions)).lower(weights, values).compile()
+        turned = jax.jit(lambda a: native.laid_heads_first(a * 2)).lower(heads).compile()
     exact = np.asarray(weights, np.float64) @ np.asarray(values, np.float64)
     np.testing.assert_allclose(compiled(weights, values), exact, rtol=1e-5, atol=1e-4)
     # Neither operand is cast.
@@ -92,19 +102,19 @@ def test_heads_are_joined_before_a_product_reads_them(served):
 
 def test_a_row_is_looked_up_without_a_cast_of_the_table(served):
     table = jax.random.normal(jax.random.key(8), (1000, 64), jnp.bfloat16)
-    tokens = jnp.array([[3, 999, 5000]])
+    tokens = jnp.array([[3, 999, 5000, -7]])
 
     def repeatedly(table, tokens, count):
         def once(_, carry):
             return carry[0] + 1, carry[1] + native.take(table, carry[0]).astype(jnp.float32)
 
-        return jax.lax.fori_loop(0, count, once, (tokens, jnp.zeros((1, 3, 64))))[1]
+        return jax.lax.fori_loop(0, count, once, (tokens, jnp.zeros((1, 4, 64))))[1]
 
     with native.where_it_serves(served):
         compiled = jax.jit(repeatedly).lower(table, tokens, jnp.int32(2)).compile()
     wanted = np.asarray(table, np.float32)
     np.testing.assert_array_equal(
-        compiled(table, tokens, jnp.int32(2)), wanted[[[3, 999, 999]]] + wanted[[[4, 999, 999]]]
+        compiled(table, tokens, jnp.int32(2)), wanted[[[3, 999, 999, 0]]] + wanted[[[4, 999, 999, 0]]]
     )
     assert compiled.memory_analysis().temp_size_in_bytes < table.nbytes
 
@@ -131,6 +141,27 @@ def test_they_are_asked_for_on_one_cpu_that_has_them():
             for rows, few in ((1, False), (2, True), (512, True), (513, False)):
                 assert native.asked_for(jnp.zeros((1, rows, 96)), WEIGHT.astype(jnp.float32)) is (wanted and few)
         assert not native.asked_for(X, WEIGHT)
+
+
+def test_generation_does_all_of_it(served, monkeypatch):
+    jax.clear_caches()  # programs of other tests would not be traced again
+    asked = set()
+
+    def told(name):
+        function = getattr(native, name)
+
+        def call(*arguments):
+            if native._asked.get():
+                asked.add(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(native, name, call)
+
+    every = {"matmul", "dot_summed_wide", "wide", "laid_heads_first", "heads_joined", "take"}
+    for name in every:
+        told(name)
+    tbjax.from_config(CONFIG, one_device(), dtype="bfloat16").generate(PROMPTS, max_new_tokens=2)
+    assert asked == every
 
 
 def test_what_is_written_by_them_is_scored_alike_without():

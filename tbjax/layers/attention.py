@@ -132,7 +132,7 @@ class Attention(nnx.Module):
         if self.config.qk_norm == "head":
             query, key = self._norm(query, key)
         if angles is not None:
-            query, key = native.heads_first(rotate(query, *angles)), rotate(key, *angles)
+            query, key = native.laid_heads_first(rotate(query, *angles)), rotate(key, *angles)
         # Only where attention takes it in parts does the sequence stay cut.
         sequence = "sequence" if isinstance(keys, CutKeys) else None
         layout = HeadLayout.stored(self.config.heads, self.config.kv_heads) if as_stored else self.layout

@@ -222,7 +222,7 @@ def _block(scoring: Scoring, query: jax.Array, key: jax.Array, value: jax.Array,
     exponentials = jnp.exp(scores - highest)
     share = 1 / jnp.sum(exponentials, axis=-1, keepdims=True)
     weights = (exponentials * share).astype(value.dtype)
-    out = native.dot_general(weights, value, (((4,), (2,)), _EACH_HEAD))
+    out = native.dot_summed_wide(weights, value, (((4,), (2,)), _EACH_HEAD))
     return jnp.moveaxis(out, 3, 1), _Sums(*(jnp.moveaxis(a[..., 0], 3, 1) for a in (highest, share)))
 
 

@@ -8,9 +8,9 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from tbjax import native
 from tbjax.config import ModelConfig
 from tbjax.layers.linear import ColumnParallelLinear, RowParallelLinear
-from tbjax.native import wide
 from tbjax.sharding import Sharding
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -48,5 +48,7 @@ class MLP(nnx.Module):
         activation = ACTIVATIONS[self.activation]
         gate = None if self.gate is None else checkpoint_name(self.gate(x), "gate")
         up = checkpoint_name(self.up(x), "up")
-        hidden = activation(wide(up)) if gate is None else activation(wide(gate)) * wide(up)
+        hidden = activation(native.wide(up if gate is None else gate))
+        if gate is not None:
+            hidden = hidden * native.wide(up)
         return self.down(checkpoint_name(hidden.astype(up.dtype), "hidden"))

@@ -213,8 +213,8 @@ def _is_kept(maker: JaxprEqn, remat: Policy) -> bool:
 
 
 def _opened(program: Any) -> tuple[Jaxpr, Sequence[Any]]:
-    """A traced program and the values of its constants. Up to JAX 0.10 one that has them is a `ClosedJaxpr` around a
-    `Jaxpr`; since then there is but one class, which names itself as what it is around."""
+    """A traced program and the values of its constants. In JAX 0.10 one that has them is a `ClosedJaxpr` around a
+    `Jaxpr`; in 0.12 there is one class, whose `jaxpr` is itself."""
     return getattr(program, "jaxpr", program), getattr(program, "consts", ())
 
 

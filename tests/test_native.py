@@ -81,8 +81,7 @@ def test_what_stands_between_products_is_rounded_once_and_lies_as_they_take_it(s
     # Neither operand is cast.
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * values.size
     np.testing.assert_array_equal(turned(heads), heads * 2)
-    (layout,) = jax.tree.leaves(turned.output_formats, is_leaf=lambda leaf: hasattr(leaf, "layout"))
-    assert layout.layout.major_to_minor == (0, 2, 1, 3)
+    assert turned.output_formats.layout.major_to_minor == (0, 2, 1, 3)
 
 
 def test_heads_are_joined_before_a_product_reads_them(served):
